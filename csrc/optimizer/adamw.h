@@ -1,0 +1,31 @@
+// AdamW (Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv:1711.05101), one pass over memory:
+//
+//   p -= lr * weight_decay * p
+//   m  = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2      (g negated where maximize, scaled by grad_scale)
+//   p -= lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+#pragma once
+#include "common/dtype.h"
+
+namespace fastlm {
+
+struct AdamWTensor {
+  void* param;           // p_type
+  const void* grad;      // g_type
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* max_exp_avg_sq; // null: no amsgrad
+  void* shadow;          // bf16 copy of the parameter, written in the same pass; null: none
+  int64_t numel;
+  DType p_type, g_type;
+};
+
+struct AdamWStep {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;          // counted from 1
+  float grad_scale;      // the gradient is multiplied by it first (clipping); 1: as it is
+  bool maximize;
+};
+
+void adamw_step_cpu(const AdamWTensor* tensors, int64_t count, const AdamWStep& s);
+
+}  // namespace fastlm

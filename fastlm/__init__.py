@@ -1,0 +1,26 @@
+"""fastlm: fast GPT language models in PyTorch, from hand-written C++, CUDA and Triton kernels."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastlm import ops
+from fastlm.ops.registry import UnsupportedError, backend
+
+if TYPE_CHECKING:
+    from fastlm import optim
+    from fastlm.models.gpt import GPT, GPTConfig
+
+__version__ = "0.1.0"
+__all__ = ["GPT", "GPTConfig", "UnsupportedError", "__version__", "backend", "ops", "optim"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model and the optimizer on first use: the ops alone load faster."""
+    if name in ("GPT", "GPTConfig"):
+        from fastlm.models import gpt
+
+        return getattr(gpt, name)
+    if name == "optim":
+        import importlib
+
+        return importlib.import_module("fastlm.optim")
+    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

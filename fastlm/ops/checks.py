@@ -1,0 +1,49 @@
+"""Checks that the contracts of several ops share. Every message says what was got and what was wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor is of a floating dtype that the ops know."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+
+
+def same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Every tensor is on the device of `x`, whose name is `first`."""
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, but {first} is on {x.device}; they must be on one device")
+
+
+def same_dtype(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Every tensor has the dtype of `x`, whose name is `first`."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} is {t.dtype}, but {first} is {x.dtype}; they must have one dtype")
+
+
+def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    """`t` has the shape `wanted`, spelled out in letters by `meaning`."""
+    if t.shape != wanted:
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(wanted)}, got {tuple(t.shape)}")
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums and statistics are taken: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the autocast dtype of x's device, as torch does for its matrix products; unchanged outside autocast."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return [x, *tensors]
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors)]

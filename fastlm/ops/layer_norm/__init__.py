@@ -1,0 +1,185 @@
+"""Layer norm and RMS norm, with the residual addition in front of them.
+
+Ba, Kiros, Hinton: Layer Normalization (arXiv:1607.06450).
+Zhang, Sennrich: Root Mean Square Layer Normalization (arXiv:1910.07467).
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlm.ops import checks, library, registry
+from fastlm.ops.layer_norm import native, reference
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, eps: float = ..., residual: None = ...
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, eps: float = ..., residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation over the last dimension, of `x` or of `x + residual`.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16 (float64 on the reference backend); any strides.
+        weight: (C), any of these dtypes.
+        bias: (C), weight's dtype, or None.
+        eps: added to the variance.
+        residual: x's shape; its dtype may be wider than x's (a float32 residual stream beside bfloat16 branches).
+
+    Returns:
+        y (..., C) in x's dtype; with a residual (y, h), h = x + residual in residual's dtype. The statistics are
+        those of the rounded h, in float32. Autocast changes nothing here.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+        UnsupportedError: the backend that was asked for cannot run the call.
+    """
+    return _run(*_prepare("layer_norm", x, weight, bias, eps, residual, False))
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = ..., residual: None = ...) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = ..., residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS normalisation over the last dimension, of `x` or of `x + residual`: h * rsqrt(mean(h²) + eps) * weight.
+
+    Shapes, dtypes, result and errors as for `layer_norm`.
+    """
+    return _run(*_prepare("rms_norm", x, weight, None, eps, residual, True))
+
+
+def _prepare(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool
+) -> tuple:
+    """Check the contract; the arguments of the raw op."""
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    width = x.shape[-1]
+    if width == 0:
+        raise ValueError(f"{op}: the last dimension of x must not be empty, got shape {tuple(x.shape)}")
+    checks.shape(op, "weight", weight, (width,), "(C)")
+    checks.floating(op, x=x, weight=weight, residual=residual)
+    if weight.device != x.device or residual is not None or bias is not None:
+        checks.same_device(op, "x", x, weight=weight, bias=bias, residual=residual)
+    if bias is not None:
+        checks.shape(op, "bias", bias, (width,), "(C)")
+        checks.same_dtype(op, "weight", weight, bias=bias)
+    if residual is not None:
+        checks.shape(op, "residual", residual, x.shape, "of x")
+        if torch.promote_types(x.dtype, residual.dtype) != residual.dtype:
+            raise ValueError(f"{op}: residual is {residual.dtype}, which cannot hold x's {x.dtype}")
+    if eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+    return x, weight, bias, residual, float(eps), rms
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool) -> Any:
+    op = "rms_norm" if rms else "layer_norm"
+    backend = registry.choose(op, x.device.type, (x, weight, bias, residual, eps, rms))
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _LayerNorm.apply(x, weight, bias, residual, eps, rms, backend)
+    y, h, _, _ = _forward(x, weight, bias, residual, eps, rms, backend)
+    return y if residual is None else (y, h)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, rms, backend):  # type: ignore[override]
+        y, h, mean, rstd = _forward(x, weight, bias, residual, eps, rms, backend)
+        ctx.has_residual = residual is not None
+        ctx.has_bias, ctx.rms, ctx.backend = bias is not None, rms, backend
+        ctx.save_for_backward(h if ctx.has_residual else x, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return (y, h) if ctx.has_residual else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):  # type: ignore[override]
+        h, weight, mean, rstd = ctx.saved_tensors
+        if dy is None:  # only h was used
+            return dh, None, None, dh, None, None, None
+        dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, mean, rstd, ctx.has_bias, ctx.rms, ctx.backend)
+        if ctx.has_residual:
+            dresidual = dx if h.dtype == dy.dtype else dresidual
+        else:
+            dresidual = None
+        return dx, dweight, dbias if ctx.has_bias else None, dresidual, None, None, None
+
+
+def _forward_impl(x, weight, bias, residual, eps, rms, backend):
+    return registry.implementation("layer_norm", backend).forward(x, weight, bias, residual, eps, rms)
+
+
+def _forward_fake(x, weight, bias, residual, eps, rms, backend):
+    stats = checks.statistics_dtype(x)
+    leading = x.shape[:-1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if residual is None else residual.new_empty(x.shape),
+        x.new_empty((0,) if rms else leading, dtype=stats),
+        x.new_empty(leading, dtype=stats),
+    )
+
+
+def _backward_impl(dy, dh, h, weight, mean, rstd, has_bias, rms, backend):
+    return registry.implementation("layer_norm", backend).backward(dy, dh, h, weight, mean, rstd, has_bias, rms)
+
+
+def _backward_fake(dy, dh, h, weight, mean, rstd, has_bias, rms, backend):
+    return (
+        dy.new_empty(dy.shape),
+        h.new_empty(h.shape if h.dtype != dy.dtype else 0),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if has_bias else 0),
+    )
+
+
+# y, h (empty without a residual), mean (empty for RMS norm), rstd
+_forward = library.define(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool rms, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+)
+# dx, dresidual (empty where h has x's dtype: it is dx then), dweight, dbias (empty without a bias)
+_backward = library.define(
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool has_bias,"
+    " bool rms, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+
+def _prepare_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):
+    return _prepare("layer_norm", x, weight, bias, eps, residual, False)
+
+
+def _prepare_rms_norm(x, weight, *, eps=1e-6, residual=None):
+    return _prepare("rms_norm", x, weight, None, eps, residual, True)
+
+
+registry.register("layer_norm", _prepare_layer_norm, reference=reference, cpu=native, cuda=native)
+registry.register("rms_norm", _prepare_rms_norm, reference=reference, cpu=native, cuda=native)

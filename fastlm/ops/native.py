@@ -1,0 +1,83 @@
+"""What every op's native.py shares: the compiled module, dtype codes, pointers and rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import registry
+
+try:
+    from fastlm import _C as _compiled  # type: ignore[attr-defined]
+
+    IMPORT_ERROR: str | None = None
+except ImportError as error:  # the source tree without a build, or a build for another Python
+    _compiled = None
+    IMPORT_ERROR = str(error)
+
+C: Any = _compiled  # the module that the kernels are called through
+
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
+
+
+@functools.cache
+def cpu_unavailable() -> str | None:
+    if C is None:
+        return f"the compiled module fastlm._C is not there ({IMPORT_ERROR})"
+    try:
+        C.cpu_isa()
+    except Exception as error:  # an instruction set was forced that this processor lacks
+        return str(error)
+    return None
+
+
+@functools.cache
+def cuda_unavailable() -> str | None:
+    if C is None:
+        return f"the compiled module fastlm._C is not there ({IMPORT_ERROR})"
+    if not C.build_info()["cuda"]:
+        return "fastlm was built without CUDA (no nvcc was found, or FASTLM_CUDA=0)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer"
+    return None
+
+
+registry.register_backend("cpu", cpu_unavailable)
+registry.register_backend("cuda", cuda_unavailable)
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def stream(t: Tensor) -> int:
+    """The raw current CUDA stream of the tensor's device; 0 on the CPU."""
+    return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def rows(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor and the distance between its rows, in elements: rows are contiguous and equally far apart.
+
+    A tensor (..., C) whose leading dimensions do not fold into one is copied.
+    """
+    width = t.shape[-1]
+    if t.is_contiguous():
+        return t, width
+    try:
+        flat = t.view(-1, width)
+    except RuntimeError:
+        return t.contiguous(), width
+    if flat.stride(1) != 1 and width > 1:
+        return t.contiguous(), width
+    return flat, flat.stride(0)
