@@ -95,6 +95,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+@torch.compiler.assume_constant_result
 def unavailable(name: str) -> str | None:
     """None where the backend can run at all on this machine, else the reason why not."""
     check = _availability.get(name)
@@ -109,12 +110,7 @@ def _why_not(op: str, name: str, device_type: str, call: tuple) -> str | None:
     wanted = _DEVICE_TYPE.get(name)
     if wanted is not None and wanted != device_type:
         return f"it runs on {wanted} tensors, and these are on {device_type}"
-    check = _availability.get(name)
-    if check is not None:
-        reason = check()
-        if reason is not None:
-            return reason
-    return module.unsupported(*call)
+    return unavailable(name) or module.unsupported(*call)
 
 
 def choose(op: str, device_type: str, call: tuple) -> str:
