@@ -74,7 +74,8 @@ def test_only_one_of_the_outputs_is_used(backend: str) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.lists(st.integers(0, 6), max_size=2).flatmap(
-        lambda lead: st.integers(1, 300).map(lambda width: (*lead, width))
+        # below a width of 16 the terms of dx cancel, and a bound relative to dx itself says nothing
+        lambda lead: st.integers(16, 300).map(lambda width: (*lead, width))
     ),
     bias=st.booleans(),
     residual=st.booleans(),
