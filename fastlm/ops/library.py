@@ -7,6 +7,7 @@ each pair of raw ops, which costs a third of what `custom_op` with `register_aut
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,22 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema.partition("(")[0]
     tags = (torch.Tag.pt2_compliant_tag,)
     LIBRARY.define(schema, tags=tags)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _on_their_device(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fastlm, name).default
+
+
+def _on_their_device(implementation: Callable) -> Callable:
+    """Make the tensors' GPU the current one for the call: kernels are launched on, and allocate on, the current device."""
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        first = arguments[0]
+        if first is None:
+            first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return implementation(*arguments)
+        return implementation(*arguments)
+
+    return run
