@@ -157,13 +157,14 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
       cuda       it runs on cuda tensors, and these are on cpu
       ...
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else op.__name__.rstrip("_")  # adamw_ works in place, and says so
     if name not in _prepare:
         near = difflib.get_close_matches(name, list(_prepare), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"there is no op {name!r}{hint}; the ops are: {', '.join(_prepare)}")
     call = _prepare[name](*args, **kwargs)
-    device = next(t.device.type for t in call if isinstance(t, torch.Tensor))
+    tensors = (t for part in call for t in (part if isinstance(part, (list, tuple)) else (part,)))
+    device = next(t.device.type for t in tensors if isinstance(t, torch.Tensor))
     return explain_call(name, device, call)
 
 

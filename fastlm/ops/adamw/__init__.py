@@ -1,0 +1,164 @@
+"""One step of AdamW, in place, in one pass over the parameters, their gradients and their moments.
+
+Loshchilov, Hutter: Decoupled Weight Decay Regularization (arXiv:1711.05101).
+Reddi, Kale, Kumar: On the Convergence of Adam and Beyond (AMSGrad, arXiv:1904.09237).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import checks, registry
+from fastlm.ops.adamw import native, reference
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
+    masters: Sequence[Tensor | None] | None = None,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    grad_scale: float = 1.0,
+    maximize: bool = False,
+) -> None:
+    """Update a list of parameters and their moments in place; `fastlm.optim.AdamW` is the optimizer around it.
+
+        g = grad_scale * grad                                     (negated where maximize)
+        p = p - lr * weight_decay * p
+        m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g²
+        p = p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+
+    Args:
+        params: float32, bfloat16, float16 or float64, all on one device; any shapes and strides.
+        grads: one for each parameter, of its shape; any strides and any of these dtypes.
+        exp_avgs: the first moments m: the parameter's shape, contiguous, float32 (float64 for a float64 parameter).
+        exp_avg_sqs: the second moments v, likewise.
+        max_exp_avg_sqs: the largest v so far, likewise, which AMSGrad divides by instead of v; None: no AMSGrad.
+        masters: for each parameter a contiguous float32 copy that is updated in its place and then rounded into it,
+            or None.
+        step: the number of this step, counted from 1.
+        grad_scale: every gradient is multiplied by it first (clipping, loss scaling).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit together.
+        UnsupportedError: the backend that was asked for cannot run the call.
+    """
+    call = _prepare(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        masters,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale,
+        maximize=maximize,
+    )
+    if len(params) == 0:
+        return
+    backend = registry.choose("adamw", params[0].device.type, call)
+    registry.implementation("adamw", backend).step(*call)
+
+
+def _prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
+    masters: Sequence[Tensor | None] | None = None,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    grad_scale: float = 1.0,
+    maximize: bool = False,
+) -> tuple:
+    """Check the contract; the arguments of a backend's `step`."""
+    count = len(params)
+    max_exp_avg_sqs = [None] * count if max_exp_avg_sqs is None else max_exp_avg_sqs
+    masters = [None] * count if masters is None else masters
+    lists = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "max_exp_avg_sqs": max_exp_avg_sqs,
+        "masters": masters,
+    }
+    for name, tensors in lists.items():
+        if len(tensors) != count:
+            raise ValueError(f"adamw: {name} must hold one tensor for each of the {count} params, got {len(tensors)}")
+    if step < 1:
+        raise ValueError(f"adamw: step is counted from 1, got {step}")
+    for i, p in enumerate(params):
+        if p.dtype not in checks.FLOATS:
+            checks.floating("adamw", **{f"params[{i}]": p})
+        if p.device != params[0].device:
+            checks.same_device("adamw", "params[0]", params[0], **{f"params[{i}]": p})
+        _check_gradient(i, p, grads[i])
+        wide = checks.statistics_dtype(p)
+        for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters"):
+            _check_state(f"{name}[{i}]", p, lists[name][i], wide)
+    return (
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        masters,
+        int(step),
+        float(lr),
+        float(beta1),
+        float(beta2),
+        float(eps),
+        float(weight_decay),
+        float(grad_scale),
+        bool(maximize),
+    )
+
+
+def _check_gradient(i: int, p: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"adamw: grads[{i}] is sparse ({grad.layout}); only dense gradients are supported")
+    if grad.shape != p.shape:
+        checks.shape("adamw", f"grads[{i}]", grad, p.shape, f"of params[{i}]")
+    if grad.dtype not in checks.FLOATS:
+        checks.floating("adamw", **{f"grads[{i}]": grad})
+    if grad.device != p.device:
+        checks.same_device("adamw", f"params[{i}]", p, **{f"grads[{i}]": grad})
+
+
+def _check_state(name: str, p: Tensor, t: Tensor | None, wide: torch.dtype) -> None:
+    if t is None:
+        return
+    if t.shape != p.shape:
+        checks.shape("adamw", name, t, p.shape, "of its parameter")
+    if t.dtype != wide:
+        raise ValueError(f"adamw: {name} must be {wide} beside a {p.dtype} parameter, got {t.dtype}")
+    if t.device != p.device:
+        raise ValueError(f"adamw: {name} is on {t.device}, but its parameter is on {p.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"adamw: {name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}")
+
+
+registry.register("adamw", _prepare, reference=reference, cpu=native)
