@@ -1,0 +1,18 @@
+"""Generation: `generate`, the caches it uses, and the sampling functions."""
+
+from fastlm.generation.cache import KVCache, RaggedCache
+from fastlm.generation.generate import generate
+from fastlm.generation.sampling import Sampling, filter_min_p, filter_top_k, filter_top_p, penalise_repetition
+from fastlm.generation.stopping import stop_rule
+
+__all__ = [
+    "KVCache",
+    "RaggedCache",
+    "Sampling",
+    "filter_min_p",
+    "filter_top_k",
+    "filter_top_p",
+    "generate",
+    "penalise_repetition",
+    "stop_rule",
+]

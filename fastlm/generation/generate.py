@@ -1,0 +1,237 @@
+"""Generation with a cache, for one prompt or many of any lengths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastlm.generation.cache import KVCache, RaggedCache
+from fastlm.generation.sampling import Sampling
+from fastlm.generation.stopping import Stop, stop_rule
+
+if TYPE_CHECKING:
+    from fastlm.models.gpt import GPT
+
+Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    idx: Prompts,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    eos_token: int | None = None,
+    stop: Stop | None = None,
+    pad_token: int | None = None,
+    generator: torch.Generator | None = None,
+    overflow: str = "slide",
+    stream: Callable[[int, int], object] | None = None,
+) -> Tensor | list[Tensor]:
+    """Continue each prompt by up to `max_new_tokens` tokens.
+
+    Prompts of different lengths go through the model as one batch, without padding: with temperature=0 each row is what
+    it would be alone. Dropout is off while generating.
+
+    Args:
+        idx: (B, T) token ids, or a list of B prompts, 1-D tensors or lists of ids, of any lengths from 1 to block_size.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k, top_p, min_p, repetition_penalty: see `fastlm.generation.sampling`; the penalty is on the tokens of the
+            prompt and of the continuation.
+        eos_token: a row that produces it is finished.
+        stop: a row is finished when its continuation ends with one of these token sequences, or when a function of the
+            continuation (a list of ids) returns True: `stop=lambda ids: "\\n\\n" in tokenizer.decode(ids)`.
+        pad_token: fills a row that finished before the others where the result is one tensor; default: eos_token.
+        generator: the source of randomness, on the model's device. Same seed, same prompts, same tokens.
+        overflow: what to do when a row is block_size long and still not finished. "slide": go on with the last half of
+            the context as the new one, its positions counted from 0 (each token then sees between a half and all of
+            block_size, at the cost of one prefill for each half). "error": refuse, before anything is generated, what
+            could get that far.
+        stream: called as stream(row, token) for every new token as soon as it is known.
+
+    Returns:
+        The prompts and their continuations, the eos or stop tokens included: for a tensor a tensor (B, T + new), for a
+        list a list of B 1-D tensors.
+
+    Raises:
+        ValueError: an option or a prompt is out of its range.
+        RuntimeError: the model's logits are NaN.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if overflow not in ("slide", "error"):
+        raise ValueError(f"overflow must be 'slide' or 'error', got {overflow!r}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = _prompts(model, idx)
+    finished_by = stop_rule(stop, eos_token)
+    pad_token = eos_token if pad_token is None else pad_token
+    as_tensor = isinstance(idx, Tensor)
+    if as_tensor and stop is not None and pad_token is None and len(prompts) > 1:
+        raise ValueError("rows of one tensor may stop at different lengths: give pad_token, or the prompts as a list")
+    longest = max((len(p) for p in prompts), default=0)
+    if overflow == "error" and longest + max_new_tokens > model.config.block_size:
+        raise ValueError(
+            f"{longest} prompt tokens and {max_new_tokens} new ones are more than this model's context, block_size = "
+            f"{model.config.block_size}; ask for fewer, or pass overflow='slide'"
+        )
+
+    groups = _Group.by_length(model, prompts, max_new_tokens, with_seen=repetition_penalty is not None)
+    results = list(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            if not groups:
+                break
+            logits = _next_logits(model, groups)  # (rows still open, V)
+            if torch.isnan(logits).any():
+                raise RuntimeError(f"the model's logits are NaN at new token {step + 1}: are its weights finite?")
+            seen = [group.seen for group in groups if group.seen is not None]
+            tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
+            for group, new in zip(groups, tokens.split([len(group.rows) for group in groups]), strict=True):
+                group.append(new)
+                if stream is not None or finished_by is not None:
+                    group.report(new.tolist(), stream, finished_by, results)
+            groups = [group for group in groups if group.rows]
+    finally:
+        if was_training:
+            model.train()
+    for group in groups:
+        group.finish(range(len(group.rows)), results)
+    return _padded(results, pad_token) if as_tensor else results
+
+
+class _Group:
+    """Rows that have one length, and so always will: each grows by one token a step."""
+
+    def __init__(
+        self, model: GPT, rows: list[int], prompts: list[Tensor], max_new_tokens: int, with_seen: bool
+    ) -> None:
+        self.rows = rows  # where these rows stand in the caller's batch
+        self.length = len(prompts[0])
+        self.tokens = prompts[0].new_zeros(len(rows), self.length + max_new_tokens)
+        self.tokens[:, : self.length] = torch.stack(prompts)
+        self.block_size = model.config.block_size
+        self.cache = KVCache(model.config.n_layer, min(self.length + max_new_tokens, self.block_size))
+        self.continuations: list[list[int]] = [[] for _ in rows]  # kept where something may stop a row
+        self.seen: Tensor | None = None  # (rows, V): the tokens so far
+        if with_seen:
+            self.seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=self.tokens.device)
+            self.seen.scatter_(1, self.tokens[:, : self.length], True)
+
+    @classmethod
+    def by_length(cls, model: GPT, prompts: list[Tensor], max_new_tokens: int, with_seen: bool) -> list[_Group]:
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        return [
+            cls(model, rows, [prompts[row] for row in rows], max_new_tokens, with_seen)
+            for _, same in itertools.groupby(order, key=lambda row: len(prompts[row]))
+            for rows in [list(same)]
+        ]
+
+    def new_context(self) -> Tensor | None:
+        """The tokens for an empty cache: the prompt or, where the cache is full, the last half. None: it goes on."""
+        if self.cache.length == 0:
+            return self.tokens[:, : self.length]
+        if self.cache.length == self.block_size:
+            self.cache.clear()
+            return self.tokens[:, self.length - max(self.block_size // 2, 1) : self.length]
+        return None
+
+    def append(self, new: Tensor) -> None:
+        """new: (rows), the next token of each."""
+        self.tokens[:, self.length] = new
+        self.length += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, new[:, None], True)
+
+    def report(
+        self,
+        new: list[int],
+        stream: Callable[[int, int], object] | None,
+        finished_by: Callable[[list[int]], bool] | None,
+        results: list[Tensor],
+    ) -> None:
+        """Tell the caller of the new tokens, and let go of the rows that are finished."""
+        if stream is not None:
+            for row, token in zip(self.rows, new, strict=True):
+                stream(row, token)
+        if finished_by is None:
+            return
+        for continuation, token in zip(self.continuations, new, strict=True):
+            continuation.append(token)
+        finished = {i for i, continuation in enumerate(self.continuations) if finished_by(continuation)}
+        if finished:
+            self.finish(finished, results)
+            self._keep([i for i in range(len(self.rows)) if i not in finished])
+
+    def _keep(self, which: list[int]) -> None:
+        self.rows = [self.rows[i] for i in which]
+        self.continuations = [self.continuations[i] for i in which]
+        index = torch.tensor(which, dtype=torch.int64, device=self.tokens.device)
+        self.tokens = self.tokens.index_select(0, index)
+        self.cache.keep(index)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, index)
+
+    def finish(self, which: Iterable[int], results: list[Tensor]) -> None:
+        """Hand over these rows of the group."""
+        for i in which:
+            results[self.rows[i]] = self.tokens[i, : self.length].clone()
+
+
+def _next_logits(model: GPT, groups: list[_Group]) -> Tensor:
+    """The logits of the next token of every row, (rows, V), in the order of the groups."""
+    hidden: dict[int, Tensor] = {}
+    decoding = []
+    for i, group in enumerate(groups):
+        context = group.new_context()
+        if context is None:
+            decoding.append(i)
+        else:
+            hidden[i] = model.hidden_states(context, cache=group.cache)[:, -1]  # (rows, C)
+    if decoding:
+        batch = [groups[i] for i in decoding]
+        last = torch.cat([group.tokens[:, group.length - 1 : group.length] for group in batch])  # (rows, 1)
+        sizes = [len(group.rows) for group in batch]
+        cache = batch[0].cache if len(batch) == 1 else RaggedCache([group.cache for group in batch], sizes)
+        hidden.update(zip(decoding, model.hidden_states(last, cache=cache)[:, -1].split(sizes), strict=True))
+    return model.logits(torch.cat([hidden[i] for i in range(len(groups))]))
+
+
+def _prompts(model: GPT, idx: Prompts) -> list[Tensor]:
+    """The prompts as 1-D int64 tensors on the model's device, each checked."""
+    if isinstance(idx, Tensor) and idx.dim() != 2:
+        raise ValueError(f"a tensor of prompts must have shape (B, T), got {tuple(idx.shape)}")
+    prompts = []
+    for row, prompt in enumerate(idx):
+        ids = torch.as_tensor(prompt, device=model.device)
+        if ids.dim() != 1:
+            raise ValueError(f"prompt {row} must be a 1-D tensor or a list of token ids, got shape {tuple(ids.shape)}")
+        if len(ids) == 0:
+            raise ValueError(f"prompt {row} is empty: give at least one token (such as the end-of-text token)")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"prompt {row} must hold integer token ids, got {ids.dtype}")
+        if len(ids) > model.config.block_size:
+            raise ValueError(
+                f"prompt {row} has {len(ids)} tokens, more than this model's context, block_size = "
+                f"{model.config.block_size}; cut it to its last {model.config.block_size} tokens"
+            )
+        prompts.append(ids.to(torch.int64))
+    return prompts
+
+
+def _padded(rows: list[Tensor], pad_token: int | None) -> Tensor:
+    if not rows:
+        return torch.empty(0, 0, dtype=torch.int64)
+    if pad_token is None:
+        return torch.stack(rows)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token)

@@ -1,0 +1,33 @@
+"""When a row is finished: an end-of-text token, token sequences, or the caller's own rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Stop = Callable[[list[int]], bool] | Sequence[int | Sequence[int]]
+
+
+def stop_rule(stop: Stop | None, eos_token: int | None) -> Callable[[list[int]], bool] | None:
+    """A function of a continuation (the new tokens so far) that is True when it is finished; None: nothing stops it.
+
+    Args:
+        stop: token sequences (one id stands for a sequence of one) that the continuation must not go past, or a
+            function of the continuation.
+        eos_token: the token that ends a text.
+    """
+    if callable(stop):
+        own = stop
+        return own if eos_token is None else lambda new: new[-1] == eos_token or bool(own(new))
+    endings = [[s] if isinstance(s, int) else list(s) for s in stop or ()]
+    if any(not isinstance(token, int) for ending in endings for token in ending):
+        raise ValueError(
+            f"stop must hold token ids, got {stop!r}; to stop at a text, pass a function that decodes: "
+            'stop=lambda ids: "text" in tokenizer.decode(ids)'
+        )
+    if any(not ending for ending in endings):
+        raise ValueError("stop holds an empty token sequence, which would stop every row at once")
+    if eos_token is not None:
+        endings.append([eos_token])
+    if not endings:
+        return None
+    return lambda new: any(new[-len(ending) :] == ending for ending in endings)

@@ -1,0 +1,105 @@
+"""Which tensors of a checkpoint make up each parameter of `fastlm.GPT`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fastlm.models.config import GPTConfig
+from fastlm.models.huggingface.configs import LLAMA_FAMILY
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter is these tensors one below the other (along dimension 0), each transposed where `transposed`."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of each part of the parameter
+    transposed: bool = False
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """How many rows of the parameter each tensor is."""
+        return tuple(shape[0] for shape in self.shapes)
+
+    @property
+    def stored_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes in the file."""
+        return tuple(shape[::-1] if self.transposed else shape for shape in self.shapes)
+
+
+# The prefix of the model inside the language model. Some folders have it (the language model was saved), some not.
+PREFIX = {"gpt2": "transformer.", "fastlm": ""} | dict.fromkeys(LLAMA_FAMILY, "model.")
+# Constants that old versions of transformers saved; every model computes them itself.
+_IGNORED = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def bare(name: str, kind: str) -> str:
+    """A tensor's name without the prefix of its architecture."""
+    return name.removeprefix(PREFIX[kind])
+
+
+def full(name: str, kind: str) -> str:
+    """A tensor's name as the language model of its architecture saves it."""
+    return name if name == "lm_head.weight" else PREFIX[kind] + name
+
+
+def is_ignored(name: str, config: GPTConfig) -> bool:
+    """Whether a tensor (its bare name) is none of the weights: a saved constant, or the copy of a tied head."""
+    return _IGNORED.search(name) is not None or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def sources(config: GPTConfig, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+    """For each parameter of the model (name -> shape), the tensors that it is made of, by their bare names."""
+    find = {"gpt2": _gpt2, "fastlm": _own}.get(kind, _llama)
+    return {name: find(name, shape, config) for name, shape in shapes.items()}
+
+
+_GPT2 = {
+    "norm_1": "ln_1",
+    "norm_2": "ln_2",
+    "attention.qkv": "attn.c_attn",
+    "attention.proj": "attn.c_proj",
+    "mlp.fc": "mlp.c_fc",
+    "mlp.proj": "mlp.c_proj",
+}
+_LLAMA = {
+    "norm_1": ("input_layernorm",),
+    "norm_2": ("post_attention_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.proj": ("self_attn.o_proj",),
+    "mlp.fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.proj": ("mlp.down_proj",),
+}
+
+
+def _own(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
+    return Source((name,), (shape,))
+
+
+def _gpt2(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
+    if not name.startswith("blocks."):
+        return Source((name.replace("norm.", "ln_f."),), (shape,))
+    layer, module, kind = _split(name)
+    # GPT-2's Conv1D keeps its weight as (in, out)
+    return Source((f"h.{layer}.{_GPT2[module]}.{kind}",), (shape,), transposed=len(shape) == 2)
+
+
+def _llama(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
+    if not name.startswith("blocks."):
+        return Source((name.replace("wte.", "embed_tokens."),), (shape,))
+    layer, module, kind = _split(name)
+    rows = [shape[0]]
+    if module == "attention.qkv":
+        rows = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+    elif module == "mlp.fc":
+        rows = [config.mlp_size, config.mlp_size]
+    names = tuple(f"layers.{layer}.{theirs}.{kind}" for theirs in _LLAMA[module])
+    return Source(names, tuple((n, *shape[1:]) for n in rows))
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """blocks.3.attention.qkv.weight -> 3, attention.qkv, weight."""
+    _, layer, rest = name.split(".", 2)
+    module, _, kind = rest.rpartition(".")
+    return layer, module, kind

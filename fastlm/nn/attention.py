@@ -1,0 +1,105 @@
+"""Causal self-attention as a module: one packed projection in, one projection out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.nn.rotary import apply_rotary
+
+
+class Cache(Protocol):
+    """What attention and the model ask of a store of keys and values (`fastlm.generation.cache` has two)."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens the longest row has."""
+        ...
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """The positions of the next `tokens` tokens of each row: (T), or (B, T) where rows differ."""
+        ...
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Append k and v (B, T, H_kv, D) to the layer's, and let q (B, T, H, D) attend to all of them."""
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """All layers have stored this many tokens more."""
+        ...
+
+
+class Attention(nn.Module):
+    """Causal multi-head, grouped-query or multi-query attention.
+
+    `qkv` is one projection; its rows are the queries of all heads, then the keys, then the values. Attention reads the
+    three as views of its result, without a copy (rotary positions write new queries and keys).
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        scale: float | None = None,
+        window: tuple[int, int] | None = None,
+        softcap: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head or n_head
+        self.head_dim = head_dim or n_embd // n_head
+        self.scale, self.window, self.softcap, self.dropout = scale, window, softcap, dropout
+        self.qkv = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(n_head * self.head_dim, n_embd, bias=proj_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        alibi_slopes: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        Args:
+            rotation: of the positions of x's tokens (see `apply_rotary`).
+            alibi_slopes: (H), float32.
+            cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
+            cache: keys and values of the tokens before; those of x are appended under `layer`.
+        """
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
+        qk, v = heads.tensor_split((self.n_head + self.n_kv_head,), dim=2)
+        if rotation is not None:
+            qk = apply_rotary(qk, rotation)
+        q, k = qk.tensor_split((self.n_head,), dim=2)  # (B, T, H, D), (B, T, H_kv, D)
+        options: dict[str, Any] = {
+            "causal": True,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": alibi_slopes,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+        }
+        if cache is None:
+            y = ops.attention(q, k, v, **options)  # (B, T, H, D)
+        else:
+            y = cache.attention(layer, q, k, v, **options)
+        return self.proj(y.flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, head_dim={self.head_dim}, dropout={self.dropout}"

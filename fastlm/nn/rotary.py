@@ -1,0 +1,95 @@
+"""Rotary positions: queries and keys are turned by an angle that grows with their position.
+
+Su et al.: RoFormer (arXiv:2104.09864). The halves of a head are paired (dimension i with i + D/2), as in transformers'
+Llama, so its checkpoints need no permutation. The scaling of Llama 3.1 for long contexts is that of Meta's reference
+code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.nn.computed import Computed
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model that was trained on `original_block_size` tokens stretches its rotary frequencies to more.
+
+    "llama3": wavelengths over original_block_size / low_freq_factor are stretched by `factor`, those under
+    original_block_size / high_freq_factor are kept, those between are blended.
+    "linear": all are stretched by `factor` (Chen et al., arXiv:2306.15595).
+    """
+
+    kind: str = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_block_size: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("llama3", "linear"):
+            raise ValueError(f"rope_scaling: kind must be llama3 or linear, got {self.kind!r}")
+        if not self.factor >= 1.0:
+            raise ValueError(f"rope_scaling: factor must be at least 1, got {self.factor}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope_scaling: low_freq_factor must be positive and below high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RopeScaling:
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise ValueError(f"rope_scaling has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
+        return cls(**fields)
+
+
+def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
+    """The angle per position of each pair of dimensions: theta^(-2i/D), (D/2), float32, in radians."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_block_size * frequency / (2 * math.pi)  # turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: stretch in full, 1: keep
+    return (1 - keep) * frequency / scaling.factor + keep * frequency
+
+
+def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every head of x by its position's angles.
+
+    Args:
+        x: (B, T, H, D), any floating dtype and strides; computed in float32 at least.
+        rotation: cosines and sines, each (T, D/2) or (B, T, D/2), float32.
+
+    Returns:
+        (B, T, H, D) in x's dtype, contiguous.
+    """
+    cos, sin = (t.unsqueeze(-2) for t in rotation)  # ([B,] T, 1, D/2)
+    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Holds the frequencies; gives the rotation of a set of positions."""
+
+    def __init__(self, head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> None:
+        super().__init__()
+        self.frequencies = Computed(partial(rotary_frequencies, head_dim, theta, scaling))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: (T) or (B, T), integers. Returns cosines and sines, each positions' shape + (D/2), float32."""
+        angles = positions[..., None].float() * self.frequencies.value
+        return angles.cos(), angles.sin()
