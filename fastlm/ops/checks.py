@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +43,16 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the autocast dtype of x's device, as torch does for its matrix products; unchanged outside autocast."""
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in the autocast dtype of x's device, as torch's matrix products take them; else unchanged."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return [x, *tensors]
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors)]
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager:
+    """Inside it, autocast leaves matrix products alone: a raw op computes in the dtypes that it was given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

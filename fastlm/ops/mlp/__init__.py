@@ -1,0 +1,258 @@
+"""The MLP block of a transformer, and its first half: a linear layer with an activation.
+
+Hendrycks, Gimpel: Gaussian Error Linear Units (arXiv:1606.08415).
+So et al.: Primer, searching for efficient transformers (relu², arXiv:2109.08668).
+Shazeer: GLU Variants Improve Transformer (swiglu, geglu, arXiv:2002.05202).
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlm.ops import checks, library, registry
+from fastlm.ops.mlp import reference
+from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str) -> Tensor:
+    """A linear layer and its activation: act(x @ weight.T + bias).
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16 (float64 on the reference backend); any strides.
+        weight: (F, C), x's dtype; for a gated activation (2F, C), the F rows of the gate first, then the F rows that
+            it multiplies ("up").
+        bias: (F), gated (2F), x's dtype, or None.
+        activation: "gelu_tanh" (GPT-2's), "gelu" (with erf), "relu", "relu2" (relu squared), "silu"; gated:
+            "swiglu" = silu(gate) * up, "geglu" = gelu(gate) * up with erf, as Shazeer defines it.
+
+    Returns:
+        (..., F) in x's dtype. Products are in x's dtype, elementwise arithmetic in float32. Under autocast all inputs
+        are taken in the autocast dtype. For the backward pass only x and the pre-activation are kept.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or there is no such activation.
+        UnsupportedError: the backend that was asked for cannot run the call.
+    """
+    call = _prepare_linear_act(x, weight, bias, activation=activation)
+    backend = registry.choose("linear_act", x.device.type, call)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:3]):
+        return _LinearAct.apply(*call, backend)
+    return _linear_act_forward(*call, False, backend)[0]
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    """The MLP block: act(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16 (float64 on the reference backend); any strides.
+        fc_weight: (F, C), gated (2F, C), as `linear_act`'s weight.
+        fc_bias: (F), gated (2F), or None.
+        proj_weight: (C_out, F).
+        proj_bias: (C_out), or None.
+        activation: as for `linear_act`.
+
+    Returns:
+        (..., C_out) in x's dtype; dtypes, autocast and errors as for `linear_act`. For the backward pass only x and
+        the pre-activation are kept: the activation is computed again.
+    """
+    call = _prepare_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
+    backend = registry.choose("mlp", x.device.type, call)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:5]):
+        return _MLP.apply(*call, backend)
+    return _mlp_forward(*call, False, backend)[0]
+
+
+def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, gated: bool) -> None:
+    """The contract of x @ weight.T + bias."""
+    name, bias_name = f"{prefix}weight", f"{prefix}bias"
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} must have shape ({'2F' if gated else 'F'}, C), C = {x.shape[-1]} as in x of shape"
+            f" {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"{op}: {name} of a gated activation must have an even number of rows, got {weight.shape[0]}")
+    if bias is not None:
+        checks.shape(op, bias_name, bias, (weight.shape[0],), "(2F)" if gated else "(F)")
+    tensors = {name: weight, bias_name: bias}
+    checks.floating(op, x=x, **tensors)
+    checks.same_device(op, "x", x, **tensors)
+    checks.same_dtype(op, "x", x, **tensors)
+
+
+def _check_activation(op: str, activation: str) -> bool:
+    """True where the activation is gated; ValueError where there is no such one."""
+    if activation not in ACTIVATIONS:
+        near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{op}: there is no activation {activation!r}{hint}; wanted one of {', '.join(ACTIVATIONS)}")
+    return activation in GATED
+
+
+def _prepare_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str) -> tuple:
+    """Check the contract; the arguments of the raw op."""
+    gated = _check_activation("linear_act", activation)
+    x, weight, bias = checks.autocast(x, weight, bias)
+    _check_linear("linear_act", x, weight, bias, "", gated)
+    return x, weight, bias, activation
+
+
+def _prepare_mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+) -> tuple:
+    gated = _check_activation("mlp", activation)
+    x, fc_weight, fc_bias, proj_weight, proj_bias = checks.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    _check_linear("mlp", x, fc_weight, fc_bias, "fc_", gated)
+    hidden = fc_weight.shape[0] // 2 if gated else fc_weight.shape[0]
+    if proj_weight.dim() != 2 or proj_weight.shape[1] != hidden:
+        rows = f"half the {fc_weight.shape[0]} rows" if gated else "the rows"
+        raise ValueError(
+            f"mlp: proj_weight must have shape (C_out, F), F = {hidden} as {rows} of fc_weight,"
+            f" got {tuple(proj_weight.shape)}"
+        )
+    if proj_bias is not None:
+        checks.shape("mlp", "proj_bias", proj_bias, (proj_weight.shape[0],), "(C_out)")
+    checks.same_device("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
+    checks.same_dtype("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
+    return x, fc_weight, fc_bias, proj_weight, proj_bias, activation
+
+
+def _asked(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, backend):  # type: ignore[override]
+        y, pre = _linear_act_forward(x, weight, bias, activation, True, backend)
+        ctx.activation, ctx.backend = activation, backend
+        ctx.save_for_backward(x, weight, pre)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight, pre = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = _linear_act_backward(dy, x, weight, pre, ctx.activation, needs, ctx.backend)
+        return (*_asked(gradients, needs), None, None)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, backend):  # type: ignore[override]
+        y, pre = _mlp_forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, True, backend)
+        ctx.activation, ctx.backend = activation, backend
+        ctx.save_for_backward(x, fc_weight, proj_weight, pre)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, fc_weight, proj_weight, pre = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        gradients = _mlp_backward(dy, x, fc_weight, proj_weight, pre, ctx.activation, needs, ctx.backend)
+        return (*_asked(gradients, needs), None, None)
+
+
+def _linear_act_forward_impl(x, weight, bias, activation, keep, backend):
+    return registry.implementation("linear_act", backend).linear_act_forward(x, weight, bias, activation, keep)
+
+
+def _linear_act_forward_fake(x, weight, bias, activation, keep, backend):
+    rows = weight.shape[0]
+    leading = x.shape[:-1]
+    y = x.new_empty((*leading, rows // 2 if activation in GATED else rows))
+    return y, x.new_empty((*leading, rows) if keep else (0,))
+
+
+def _linear_act_backward_impl(dy, x, weight, pre, activation, needs, backend):
+    implementation = registry.implementation("linear_act", backend)
+    return implementation.linear_act_backward(dy, x, weight, pre, activation, needs)
+
+
+def _linear_act_backward_fake(dy, x, weight, pre, activation, needs, backend):
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        x.new_empty(weight.shape if needs[1] else 0),
+        x.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+def _mlp_forward_impl(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep, backend):
+    implementation = registry.implementation("mlp", backend)
+    return implementation.mlp_forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
+
+
+def _mlp_forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep, backend):
+    leading = x.shape[:-1]
+    pre = x.new_empty((*leading, fc_weight.shape[0]) if keep else (0,))
+    return x.new_empty((*leading, proj_weight.shape[0])), pre
+
+
+def _mlp_backward_impl(dy, x, fc_weight, proj_weight, pre, activation, needs, backend):
+    implementation = registry.implementation("mlp", backend)
+    return implementation.mlp_backward(dy, x, fc_weight, proj_weight, pre, activation, needs)
+
+
+def _mlp_backward_fake(dy, x, fc_weight, proj_weight, pre, activation, needs, backend):
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        x.new_empty(fc_weight.shape if needs[1] else 0),
+        x.new_empty(fc_weight.shape[0] if needs[2] else 0),
+        x.new_empty(proj_weight.shape if needs[3] else 0),
+        x.new_empty(proj_weight.shape[0] if needs[4] else 0),
+    )
+
+
+# y, pre-activation (empty unless `keep`)
+_linear_act_forward = library.define(
+    "linear_act_forward(Tensor x, Tensor weight, Tensor? bias, str activation, bool keep, str backend)"
+    " -> (Tensor, Tensor)",
+    _linear_act_forward_impl,
+    _linear_act_forward_fake,
+)
+# dx, dweight, dbias; each empty where its element of `needs` is false
+_linear_act_backward = library.define(
+    "linear_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _linear_act_backward_impl,
+    _linear_act_backward_fake,
+)
+# y, pre-activation (empty unless `keep`)
+_mlp_forward = library.define(
+    "mlp_forward(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
+    " bool keep, str backend) -> (Tensor, Tensor)",
+    _mlp_forward_impl,
+    _mlp_forward_fake,
+)
+# dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias; each empty where its element of `needs` is false
+_mlp_backward = library.define(
+    "mlp_backward(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight, Tensor pre, str activation, bool[] needs,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mlp_backward_impl,
+    _mlp_backward_fake,
+)
+
+registry.register("linear_act", _prepare_linear_act, reference=reference)
+registry.register("mlp", _prepare_mlp, reference=reference)
