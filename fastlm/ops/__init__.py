@@ -1,9 +1,10 @@
 """The ops: one contract each, many backends. See `fastlm.ops.registry` for how a backend is chosen."""
 
 from fastlm.ops.adamw import adamw_
+from fastlm.ops.attention import attention
 from fastlm.ops.layer_norm import layer_norm, rms_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.mlp import linear_act, mlp
 from fastlm.ops.registry import explain
 
-__all__ = ["adamw_", "explain", "layer_norm", "linear_act", "linear_cross_entropy", "mlp", "rms_norm"]
+__all__ = ["adamw_", "attention", "explain", "layer_norm", "linear_act", "linear_cross_entropy", "mlp", "rms_norm"]
