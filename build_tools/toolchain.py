@@ -1,0 +1,86 @@
+"""The C++ compiler, its flags, and the instruction sets that the CPU kernels are compiled for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# Statements are computed as written: fused multiply-adds are asked for by name (csrc/common/simd.h), so that a result
+# does not depend on what the compiler chose to contract. NaN and infinity keep their meaning (no -ffast-math).
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+]
+
+# csrc/common/cpu.cpp checks for exactly these features before it picks a set.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512cd", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+_X86_64 = {
+    "baseline": ["-march=x86-64"],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
+
+
+class BuildError(Exception):
+    """What the user must change for the build to work; shown without a traceback."""
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: CXX, else the first of c++, g++ and clang++."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"CXX={os.environ['CXX']}: {command[0]} was not found")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    install = "xcode-select --install" if sys.platform == "darwin" else "apt install g++ (or: dnf install gcc-c++)"
+    raise BuildError(f"fastlm needs a C++17 compiler and found none (looked for c++, g++, clang++). Try: {install}")
+
+
+def compiler_version(command: list[str]) -> str:
+    """The first line of `c++ --version`."""
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the C++ compiler {shlex.join(command)} does not run: {error}") from None
+    return done.stdout.splitlines()[0].strip()
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Name -> compiler flags, plainest first. arm64's baseline has NEON."""
+    return _X86_64 if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+
+
+def is_per_isa(source: Path) -> bool:
+    """Whether a .cpp is compiled once per instruction set: it includes common/simd.h or common/isa.h."""
+    return re.search(r'^#include "common/(simd|isa)\.h"', source.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def link_flags() -> list[str]:
+    """No OpenMP library: csrc/common/parallel.cpp binds to the one that torch loads."""
+    if sys.platform == "darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup"]
+    return ["-shared", "-Wl,--gc-sections"]
+
+
+def environment_flags(*names: str) -> list[str]:
+    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]

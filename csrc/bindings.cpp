@@ -1,0 +1,113 @@
+// The Python module fastlm._C: every function that it exports, on one screen.
+//
+// Tensors come as addresses (0: there is none), element types as the codes of DType, the CUDA stream as an address.
+// Shapes, devices and dtypes were checked in Python, where the tensors are; here only what costs nothing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/build_info.h"
+#include "common/cpu.h"
+#include "common/error.h"
+#include "common/parallel.h"
+#include "layer_norm/layer_norm.h"
+#include "optimizer/adamw.h"
+
+namespace py = pybind11;
+using namespace fastlm;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype(int64_t code) {
+  if (code < 0 || code > 2) {
+    throw std::invalid_argument("dtype code " + std::to_string(code) + "; wanted 0 (float32), 1 (float16) or 2 (bfloat16)");
+  }
+  return static_cast<DType>(code);
+}
+
+void layer_norm_forward(bool on_cuda, Address x, Address residual, Address weight, Address bias, Address y, Address h,
+                        Address mean, Address rstd, int64_t rows, int64_t cols, int64_t x_stride,
+                        int64_t residual_stride, float eps, bool rms, int x_type, int h_type, int w_type,
+                        Address stream) {
+  const LayerNormForward p{at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias),
+                           at<void>(y), at<void>(h),        at<float>(mean),  at<float>(rstd),
+                           rows,        cols,               x_stride,         residual_stride,
+                           eps,         rms,                dtype(x_type),    dtype(h_type),
+                           dtype(w_type)};
+  py::gil_scoped_release release;
+  on_cuda ? layer_norm_forward_cuda(p, at<void>(stream)) : layer_norm_forward_cpu(p);
+}
+
+int64_t layer_norm_backward_workspace(bool on_cuda, int64_t rows, int64_t cols, int sms) {
+  return on_cuda ? layer_norm_backward_workspace_cuda(rows, cols, sms) : layer_norm_backward_workspace_cpu(rows, cols);
+}
+
+void layer_norm_backward(bool on_cuda, Address dy, Address dh_in, Address h, Address weight, Address mean, Address rstd,
+                         Address dx, Address dresidual, Address dweight, Address dbias, Address workspace, int64_t rows,
+                         int64_t cols, int64_t dy_stride, int64_t dh_in_stride, int64_t h_stride, bool rms, int x_type,
+                         int h_type, int w_type, int sms, Address stream) {
+  const LayerNormBackward p{at<void>(dy),      at<void>(dh_in), at<void>(h),       at<void>(weight), at<float>(mean),
+                            at<float>(rstd),   at<void>(dx),    at<void>(dresidual), at<void>(dweight), at<void>(dbias),
+                            at<float>(workspace), rows,         cols,              dy_stride,        dh_in_stride,
+                            h_stride,          rms,             dtype(x_type),     dtype(h_type),    dtype(w_type)};
+  py::gil_scoped_release release;
+  on_cuda ? layer_norm_backward_cuda(p, sms, at<void>(stream)) : layer_norm_backward_cpu(p);
+}
+
+// `table`: nine int64 a tensor, in the order of AdamWTensor: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, shadow
+// (addresses), numel, param's dtype code, grad's. Any contiguous buffer of int64: array.array("q"), a NumPy array.
+void adamw_step(const py::buffer& table, double lr, double beta1, double beta2, double eps, double weight_decay,
+                int64_t step, float grad_scale, bool maximize) {
+  constexpr int64_t kFields = 9;
+  const py::buffer_info info = table.request();
+  if (info.itemsize != 8 || info.size % kFields != 0 || !PyBuffer_IsContiguous(info.view(), 'C')) {
+    throw std::invalid_argument("adamw_step: wanted a contiguous buffer of 9 int64 a tensor, got " +
+                                std::to_string(info.size) + " items of " + std::to_string(info.itemsize) + " bytes");
+  }
+  const int64_t count = info.size / kFields;
+  std::vector<AdamWTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t* row = static_cast<const int64_t*>(info.ptr) + k * kFields;
+    tensors[k] = {at<void>(row[0]), at<void>(row[1]), at<float>(row[2]), at<float>(row[3]),
+                  at<float>(row[4]), at<void>(row[5]), row[6], dtype(row[7]), dtype(row[8])};
+  }
+  py::gil_scoped_release release;
+  adamw_step_cpu(tensors.data(), count, {lr, beta1, beta2, eps, weight_decay, step, grad_scale, maximize});
+}
+
+py::dict build_info_dict() {
+  const BuildInfo info = build_info();
+  const auto or_none = [](const std::string& s) -> py::object { return s.empty() ? py::none() : py::object(py::str(s)); };
+  py::dict d;
+  d["version"] = info.version;
+  d["git_commit"] = or_none(info.git_commit);
+  d["compiler"] = info.compiler;
+  d["cpu_isas"] = info.cpu_isas;
+  d["cuda"] = or_none(info.cuda);
+  d["cuda_archs"] = info.cuda_archs;
+  d["cuda_reason"] = or_none(info.cuda_reason);
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastlm's compiled kernels, called through fastlm.ops.";
+  m.def("layer_norm_forward", &layer_norm_forward);
+  m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
+  m.def("layer_norm_backward", &layer_norm_backward);
+  m.def("adamw_step", &adamw_step);
+
+  m.def("build_info", &build_info_dict, "What was built: version, git_commit, compiler, cpu_isas, cuda, cuda_archs, cuda_reason.");
+  m.def("cpu_name", &cpu_name);
+  m.def("cpu_features", &cpu_features);
+  m.def("cpu_isas", &supported_isas, "The instruction sets of this build that the processor can run.");
+  m.def("cpu_isa", [] { return cpu_isa_name(cpu_isa()); }, "The instruction set in use (FASTLM_CPU_ISA forces one).");
+  m.def("max_threads", &max_threads, "The threads that a CPU kernel may use: torch.get_num_threads().");
+}

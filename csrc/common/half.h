@@ -1,0 +1,14 @@
+// The 16-bit floating-point types in memory. Arithmetic is done in float (simd.h converts).
+#pragma once
+#include <cstdint>
+
+namespace fastlm {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+}  // namespace fastlm

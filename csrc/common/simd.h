@@ -1,0 +1,70 @@
+// Vec: as many floats as a register of the instruction set at hand holds, and the few operations that the kernels need.
+// Memory may be float, bf16 or f16; arithmetic is always float. Rounding to bf16 and f16 is to nearest, ties to even;
+// NaN stays NaN and infinity stays infinity.
+//
+//   load(p), store(p, v)            Vec::size elements, any alignment
+//   load_n(p, n), store_n(p, v, n)  the first n < Vec::size elements; load_n fills the rest with zeros
+//   set1, + - * /, fma(a, b, c) = a * b + c, sqrt, max, sum(v) in a fixed order
+//
+// The operations compute the same on every instruction set but for fma, which rounds twice where there is none
+// (baseline x86-64), and sum, whose order follows the width.
+#pragma once
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/half.h"
+#include "common/isa.h"
+
+#if defined(__AVX512F__)
+#include "common/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "common/simd_avx2.h"
+#else
+#include "common/simd_portable.h"
+#endif
+
+namespace fastlm::FASTLM_ISA {
+
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+inline Vec zero() { return set1(0.0f); }
+
+// How a loop body reads and writes: a whole vector, or the n elements that are left at the end of an array.
+struct Whole {
+  template <class T>
+  Vec load(const T* p) const {
+    return FASTLM_ISA::load(p);
+  }
+  template <class T>
+  void store(T* p, Vec a) const {
+    FASTLM_ISA::store(p, a);
+  }
+  Vec keep(Vec a) const { return a; }
+};
+struct Rest {
+  int64_t n;
+  template <class T>
+  Vec load(const T* p) const {
+    return load_n(p, n);
+  }
+  template <class T>
+  void store(T* p, Vec a) const {
+    store_n(p, a, n);
+  }
+  Vec keep(Vec a) const {  // zero past the end
+    float lanes[Vec::size] = {};
+    store_n(lanes, a, n);
+    return FASTLM_ISA::load(lanes);
+  }
+};
+
+// Calls body(T{}) with the type in memory that `type` names.
+template <class Body>
+inline void with_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::f32: return body(float{});
+    case DType::f16: return body(f16{});
+    case DType::bf16: return body(bf16{});
+  }
+}
+
+}  // namespace fastlm::FASTLM_ISA

@@ -1,0 +1,67 @@
+// simd.h on AVX-512 (F, DQ, BW, VL). Included by simd.h only.
+#pragma once
+#include <immintrin.h>
+
+namespace fastlm::FASTLM_ISA {
+
+struct Vec {
+  static constexpr int64_t size = 16;
+  __m512 v;
+};
+
+inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+inline float sum(Vec a) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_add_ss(s, _mm_movehdup_ps(s));
+  return _mm_cvtss_f32(s);
+}
+
+inline Vec from_bits(__m256i b, bf16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
+inline Vec from_bits(__m256i b, f16) { return {_mm512_cvtph_ps(b)}; }
+
+// VCVTNEPS2BF16 is not used: it flushes subnormal numbers to zero.
+inline __m256i to_bits(Vec a, bf16) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+inline __m256i to_bits(Vec a, f16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store_n(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+
+template <class Half>
+inline Vec load(const Half* p) {
+  return from_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{});
+}
+template <class Half>
+inline Vec load_n(const Half* p, int64_t n) {
+  return from_bits(_mm256_maskz_loadu_epi16(first(n), p), Half{});
+}
+template <class Half>
+inline void store(Half* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bits(a, Half{}));
+}
+template <class Half>
+inline void store_n(Half* p, Vec a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), to_bits(a, Half{}));
+}
+
+}  // namespace fastlm::FASTLM_ISA
