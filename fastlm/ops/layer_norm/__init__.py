@@ -69,21 +69,31 @@ def rms_norm(
 def _prepare(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool
 ) -> tuple:
-    """Check the contract; the arguments of the raw op."""
+    """Check the contract; the arguments of the raw op.
+
+    The conditions stand in front of the checks that word the errors, because a call of a check costs as much as a
+    small kernel.
+    """
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    width = x.shape[-1]
+    shape, device = x.shape, x.device
+    width = shape[-1]
     if width == 0:
-        raise ValueError(f"{op}: the last dimension of x must not be empty, got shape {tuple(x.shape)}")
-    checks.shape(op, "weight", weight, (width,), "(C)")
-    checks.floating(op, x=x, weight=weight, residual=residual)
-    if weight.device != x.device or residual is not None or bias is not None:
-        checks.same_device(op, "x", x, weight=weight, bias=bias, residual=residual)
-    if bias is not None:
+        raise ValueError(f"{op}: the last dimension of x must not be empty, got shape {tuple(shape)}")
+    if weight.shape != (width,):
+        checks.shape(op, "weight", weight, (width,), "(C)")
+    if x.dtype not in checks.FLOATS or weight.dtype not in checks.FLOATS:
+        checks.floating(op, x=x, weight=weight)
+    if weight.device != device:
+        checks.same_device(op, "x", x, weight=weight)
+    if bias is not None and (bias.shape != (width,) or bias.dtype != weight.dtype or bias.device != device):
+        checks.same_device(op, "x", x, bias=bias)
         checks.shape(op, "bias", bias, (width,), "(C)")
         checks.same_dtype(op, "weight", weight, bias=bias)
-    if residual is not None:
-        checks.shape(op, "residual", residual, x.shape, "of x")
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or residual.device != device):
+        checks.floating(op, residual=residual)
+        checks.same_device(op, "x", x, residual=residual)
+        checks.shape(op, "residual", residual, shape, "of x")
         if torch.promote_types(x.dtype, residual.dtype) != residual.dtype:
             raise ValueError(f"{op}: residual is {residual.dtype}, which cannot hold x's {x.dtype}")
     if eps < 0:

@@ -21,16 +21,16 @@ def unsupported(x, weight, bias, residual, eps, rms) -> str | None:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, cols = x.shape, x.shape[-1]
-    leading = shape[:-1]
-    y = x.new_empty(shape)
-    mean = x.new_empty((0,) if rms else leading, dtype=torch.float32)
-    rstd = x.new_empty(leading, dtype=torch.float32)
+    shape = x.shape
+    cols = shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the price of new_empty(shape)
+    rstd = x.new_empty(shape[:-1], dtype=torch.float32)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
     x, x_stride = rows(x)
     if residual is None:
         h, h_type, residual_stride = x.new_empty(0), x.dtype, 0
     else:
-        h, h_type = residual.new_empty(shape), residual.dtype
+        h, h_type = torch.empty_like(residual, memory_format=torch.contiguous_format), residual.dtype
         residual, residual_stride = rows(residual)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
