@@ -1,0 +1,166 @@
+"""Multiple-choice tasks in HellaSwag's form: which ending does the model find the likeliest?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastlm.data import Tokenizer
+from fastlm.evaluation.text import IGNORED
+from fastlm.models.gpt import GPT
+
+RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then wobble by about 0.001
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, its possible endings, and which of them is right."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class ChoiceScore:
+    """Accuracy over a task.
+
+    Attributes:
+        acc: the ending with the highest log-likelihood is right.
+        acc_norm: the one with the highest log-likelihood per byte is.
+        acc_interval, acc_norm_interval: 95 % bootstrap intervals over the questions.
+        questions: how many.
+        shortened: endings whose context was cut on the left to fit the model.
+    """
+
+    acc: float
+    acc_interval: tuple[float, float]
+    acc_norm: float
+    acc_norm_interval: tuple[float, float]
+    questions: int
+    shortened: int
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Questions from a JSONL file: "ctx" (a string), "endings" (two strings or more), "label" (the index of the right one).
+
+    Raises:
+        ValueError: a line is not of that form; says which and why.
+    """
+    path = Path(path)
+    questions = []
+    with path.open(encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
+                valid = isinstance(question.context, str) and all(isinstance(e, str) and e for e in question.endings)
+                if not (valid and len(question.endings) >= 2 and 0 <= question.label < len(question.endings)):
+                    raise ValueError(f"ctx or endings are not strings, or label {row['label']!r} is not the index of an ending")
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(
+                    f'{path}:{number}: wanted {{"ctx": text, "endings": [text, text, …], "label": index}}: {type(e).__name__}: {e}'
+                ) from None
+            questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} has no questions")
+    return questions
+
+
+def score_choices(
+    model: GPT,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 32,
+    precision: str = "fp32",
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ChoiceScore:
+    """Score a task: ln p(" " + ending | context) for each ending, as the lm-evaluation-harness does for HellaSwag.
+
+    Args:
+        batch_size: endings in one forward pass; they are padded on the right, which a causal model cannot see.
+        progress: called with the number of endings scored since the last call.
+    """
+    items, shortened = _items(model, tokenizer, questions)
+    likelihood = np.empty(len(items))
+    order = sorted(range(len(items)), key=lambda i: len(items[i][0]))  # equal lengths together: little padding
+    device = model.device
+    amp = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), amp:
+            for i in range(0, len(order), batch_size):
+                batch = order[i : i + batch_size]
+                x, y = _padded([items[j] for j in batch])
+                _, losses = model(x.to(device), y.to(device), reduction="none")  # (B, T), 0 where ignored
+                likelihood[batch] = -losses.double().sum(1).cpu().numpy()  # type: ignore[union-attr]
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        model.train(was_training)
+    right, right_norm = [], []
+    first = 0
+    for question in questions:
+        scores = likelihood[first : first + len(question.endings)]
+        lengths = np.array([len(e.encode("utf-8")) for e in question.endings])
+        right.append(int(scores.argmax()) == question.label)
+        right_norm.append(int((scores / lengths).argmax()) == question.label)
+        first += len(question.endings)
+    return ChoiceScore(
+        acc=float(np.mean(right)),
+        acc_interval=bootstrap_interval(right, seed),
+        acc_norm=float(np.mean(right_norm)),
+        acc_norm_interval=bootstrap_interval(right_norm, seed),
+        questions=len(questions),
+        shortened=shortened,
+    )
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron 1979): the same for the same values and seed."""
+    array = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _items(
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> tuple[list[tuple[list[int], int]], int]:
+    """(ids, number of ending ids) of every ending of every question, cut on the left to what the model can read."""
+    limit = model.config.block_size + 1  # the last id is only a target
+    begin = [] if tokenizer.eot is None else [tokenizer.eot]
+    items, shortened = [], 0
+    for question in questions:
+        context = begin + tokenizer.encode(question.context)
+        for ending in question.endings:
+            ending_ids = tokenizer.encode(" " + ending)
+            if len(ending_ids) >= limit:
+                raise ValueError(f"an ending of {len(ending_ids)} tokens does not fit block_size={limit - 1}: {ending[:60]!r}…")
+            ids = context + ending_ids
+            shortened += len(ids) > limit
+            items.append((ids[-limit:], len(ending_ids)))
+    return items, shortened
+
+
+def _padded(items: Sequence[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, y (B, T): y holds only the ids of the endings, everything else is ignored."""
+    length = max(len(ids) for ids, _ in items) - 1
+    x = torch.zeros(len(items), length, dtype=torch.int64)
+    y = torch.full((len(items), length), IGNORED)
+    for row, (ids, ending) in enumerate(items):
+        x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        y[row, len(ids) - 1 - ending : len(ids) - 1] = torch.tensor(ids[-ending:])
+    return x, y

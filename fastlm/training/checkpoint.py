@@ -1,0 +1,224 @@
+"""Checkpoints that a crash cannot damage.
+
+    checkpoints/
+      step-00000500/
+        model/               GPT.save_pretrained(format="fastlm"): config.json, model.safetensors
+        state.pt             optimizer, RNG of every device, data position, step, and the rest that exact resuming needs
+        checkpoint.json      step, validation loss, and the size of every file; written last
+A checkpoint is written under a temporary name, every file and folder is flushed to the disk, and only then it gets its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import random
+import shutil
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+INFO = "checkpoint.json"
+STATE = "state.pt"
+MODEL = "model"
+_PREFIX = "step-"
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk."""
+
+    path: Path
+    step: int
+    val_loss: float | None
+
+    @property
+    def model_path(self) -> Path:
+        """The folder for `GPT.from_pretrained`."""
+        return self.path / MODEL
+
+    def load_state(self) -> dict[str, Any]:
+        """What is beside the weights, on the CPU. Raises ValueError where the file is damaged."""
+        try:
+            return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+            raise ValueError(f"{self.path / STATE} is damaged: {e}") from None
+
+
+def find_checkpoints(folder: str | Path) -> list[Checkpoint]:
+    """The checkpoints in a `checkpoints` folder by step; what an interrupted save left under a temporary name is not among them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted((open_checkpoint(p) for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda c: c.step)
+
+
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss (the earliest of equals); None where none has any."""
+    measured = [c for c in checkpoints if c.val_loss is not None]
+    return min(measured, key=lambda c: c.val_loss or 0.0, default=None)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Check that a checkpoint is whole: every file is there and as long as when it was written.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a file of it is missing.
+        ValueError: a file is truncated or the list is damaged.
+    """
+    path = Path(path)
+    if not (path / INFO).is_file():
+        raise FileNotFoundError(f"{path} is not a whole checkpoint: it has no {INFO}")
+    try:
+        info = json.loads((path / INFO).read_text(encoding="utf-8"))
+        files, step, val_loss = info["files"], int(info["step"]), info["val_loss"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path / INFO} is damaged: {type(e).__name__}: {e}") from None
+    for name, size in files.items():
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"the checkpoint {path} is incomplete: {name} is missing")
+        got = (path / name).stat().st_size
+        if got != size:
+            raise ValueError(f"the checkpoint {path} is damaged: {name} has {got:,} bytes, it was written with {size:,}")
+    return Checkpoint(path, step, val_loss)
+
+
+class CheckpointWriter:
+    """Saves checkpoints in the background: training goes on as soon as the tensors are copied.
+
+    Args:
+        folder: the `checkpoints` folder.
+        keep_last: how many of the newest stay.
+        keep_best: whether the one with the lowest validation loss stays as well.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: bool = True):
+        self.folder = Path(folder)
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._shadow: torch.nn.Module | None = None  # a copy of the model on the CPU, from which the thread writes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, model: torch.nn.Module, state: dict[str, Any], step: int, val_loss: float | None) -> None:
+        """Copy the weights and the state, and write them in the background.
+
+        Raises:
+            CheckpointError: the save before this one failed (a full disk, say); the checkpoints before it are whole.
+        """
+        self.wait()
+        if self._shadow is None:
+            self._shadow = copy.deepcopy(model).cpu()
+        else:
+            self._shadow.load_state_dict(model.state_dict())
+        arguments = (self._shadow, _copied(state), step, val_loss)
+        self._thread = threading.Thread(target=self._write_noting_errors, args=arguments, name="fastlm-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; raises what `save` raises."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}; the ones before it are whole"
+            ) from error
+
+    def _write_noting_errors(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+            self._prune()
+        except Exception as e:  # handed to the training thread by wait()
+            self._error = e
+
+    def _write(self, model: Any, state: dict[str, Any], step: int, val_loss: float | None) -> None:
+        final = self.folder / f"{_PREFIX}{step:08d}"
+        temporary = self.folder / f"{_TEMPORARY}{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            model.save_pretrained(temporary / MODEL, format="fastlm")  # holds every option, and all bits
+            torch.save(state, temporary / STATE)
+            files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+            info = {"step": step, "val_loss": val_loss, "files": files}
+            (temporary / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+            for path in (*temporary.rglob("*"), temporary):
+                flush_to_disk(path)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            flush_to_disk(self.folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _prune(self) -> None:
+        checkpoints = find_checkpoints(self.folder)
+        keep = {c.step for c in checkpoints[-self.keep_last :]}
+        best = best_checkpoint(checkpoints)
+        if self.keep_best and best is not None:
+            keep.add(best.step)
+        for checkpoint in checkpoints:
+            if checkpoint.step not in keep:
+                shutil.rmtree(checkpoint.path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a folder to flush
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from: Python, NumPy, torch on the CPU and on each GPU."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put every generator back; the GPUs that were there then and are here now."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(device_state, device)
+
+
+def _copied(value: Any) -> Any:
+    """A nested structure with every tensor copied to the CPU, so that training may go on with the originals."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value)
+    return value

@@ -1,0 +1,264 @@
+"""The settings of a run: dataclasses, filled from TOML and from `section.key=value` overrides, checked before any time is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+ORDERS = ("random", "shuffled")
+
+
+@dataclass
+class DataConfig:
+    """Which text."""
+
+    path: str = ""  # a folder made by `fastlm prepare`
+    order: str = "random"  # random windows, or "shuffled": every window once an epoch
+
+
+@dataclass
+class TrainingConfig:
+    """How to train."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # windows in one forward pass
+    grad_accum: int = 1  # forward passes for one optimizer step
+    lr: float = 6e-4  # at the top of the schedule
+    min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # schedule "wsd": the part of the steps in which lr falls
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: int = 0
+    precision: str = "auto"  # "bf16": autocast; "auto": bf16 on a GPU that has it, else fp32
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one
+    compile: bool = False  # torch.compile the model
+    gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; vectors (norms, biases) are not decayed
+
+
+@dataclass
+class EvaluationConfig:
+    """What is looked at on the way."""
+
+    every: int = 100  # steps between evaluations on the validation split; 0: only at the end
+    windows: int = 64  # at even distances over the split, the same every time
+    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+    sample_every: int = 0  # steps between samples; 0: none
+    sample_tokens: int = 100
+    prompt: str = ""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept."""
+
+    every: int = 500  # steps between checkpoints (one is written at the end in any case); 0: only at the end
+    keep_last: int = 2
+    keep_best: bool = True  # the one with the lowest validation loss, beside the last ones
+
+
+@dataclass
+class LoggingConfig:
+    """Where numbers go, beside log.jsonl, which is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "fastlm"
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run. `model` holds a `preset` and/or fields of `fastlm.GPTConfig`."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self) -> None:
+        """Raise ValueError for values that make no sense together or alone."""
+        t, e, c, o = self.training, self.evaluation, self.checkpoint, self.optimizer
+        _one_of("training.precision", t.precision, PRECISIONS)
+        _one_of("training.schedule", t.schedule, SCHEDULES)
+        _one_of("data.order", self.data.order, ORDERS)
+        for name, value in (("steps", t.steps), ("batch_size", t.batch_size), ("grad_accum", t.grad_accum)):
+            _at_least(f"training.{name}", value, 1)
+        for name, value in (
+            ("training.warmup_steps", t.warmup_steps),
+            ("training.grad_clip", t.grad_clip),
+            ("evaluation.every", e.every),
+            ("evaluation.patience", e.patience),
+            ("evaluation.sample_every", e.sample_every),
+            ("checkpoint.every", c.every),
+            ("optimizer.weight_decay", o.weight_decay),
+        ):
+            _at_least(name, value, 0)
+        for name, value in (
+            ("evaluation.windows", e.windows),
+            ("evaluation.sample_tokens", e.sample_tokens),
+            ("checkpoint.keep_last", c.keep_last),
+        ):
+            _at_least(name, value, 1)
+        for name, value in (("training.lr", t.lr), ("optimizer.eps", o.eps)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in (
+            ("training.min_lr_ratio", t.min_lr_ratio),
+            ("training.decay_fraction", t.decay_fraction),
+            ("optimizer.beta1", o.beta1),
+            ("optimizer.beta2", o.beta2),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """A RunConfig from a TOML file (None: the defaults) and overrides such as "training.lr=3e-4".
+
+    The right side of an override is TOML; what is not TOML is taken as a string.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, an unknown section or key (the nearest known one is named), a wrong type, or a value out of range.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such config file: {path}")
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is not TOML: {e}") from None
+    for override in overrides:
+        section, key, value = parse_override(override)
+        tables.setdefault(section, {})
+        if isinstance(tables[section], dict):
+            tables[section][key] = value
+    return config_from_dict(tables)
+
+
+def config_from_dict(tables: dict[str, Any]) -> RunConfig:
+    """A checked RunConfig from nested dicts; ValueError as for `load_config`."""
+    config = RunConfig()
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for name, table in tables.items():
+        if name not in sections:
+            raise ValueError(f"unknown section [{name}]{_nearest(name, sections)}; there are: {', '.join(sections)}")
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} must be a section with keys, got {table!r}")
+        if name == "model":
+            config.model = {key: _checked_model_value(key, value) for key, value in table.items()}
+            continue
+        hints = typing.get_type_hints(type(sections[name]))
+        for key, value in table.items():
+            if key not in hints:
+                raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+            setattr(sections[name], key, _typed(f"{name}.{key}", value, hints[key]))
+    config.validate()
+    return config
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """("training", "lr", 0.0003) from "training.lr=3e-4"."""
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ValueError(f"wanted an override like training.lr=3e-4, got {text!r}")
+    try:
+        return section, key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, raw.strip()
+
+
+def config_to_toml(config: RunConfig) -> str:
+    """The whole config as TOML, every default written out."""
+    lines: list[str] = []
+    for name, table in dataclasses.asdict(config).items():
+        lines += [f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None), ""]
+    return "\n".join(lines)
+
+
+def _model_hints() -> dict[str, Any]:
+    from fastlm.models.gpt import GPTConfig
+
+    return {"preset": str, **typing.get_type_hints(GPTConfig)}
+
+
+def _checked_model_value(key: str, value: Any) -> Any:
+    hints = _model_hints()
+    if key not in hints:
+        raise ValueError(f"unknown key model.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+    return _typed(f"model.{key}", value, hints[key])
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that the dataclass declares: int passes for float, everything else must be what it says."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [h for h in typing.get_args(hint) if h is not type(None)]
+        hint = options[0] if len(options) == 1 else None
+    if typing.get_origin(hint) is typing.Literal:
+        _one_of(name, value, typing.get_args(hint))
+        return value
+    if hint not in (bool, int, float, str):
+        return value  # a structured field of the model: GPTConfig checks it
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} must be {_TYPE_NAMES[hint]}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _one_of(name: str, value: Any, choices: typing.Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    # A JSON string, boolean or number is TOML, too; repr keeps every digit of a float.
+    return repr(value) if isinstance(value, float) else json.dumps(value)

@@ -1,0 +1,149 @@
+"""What a person sees while training: a live bar in a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+WINDOW_SECONDS = 10.0  # speed and time left are over the last so many seconds
+
+
+class Display(Protocol):
+    """What the trainer tells about its progress."""
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def step(self, step: int, loss: float, tokens: int) -> None: ...
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def make_display(console: Console | None = None) -> Display:
+    """The live bar on a terminal, plain lines elsewhere."""
+    console = console or Console()
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+
+
+class Speed:
+    """Tokens and steps a second over a moving window; a pause (an evaluation) is left out."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int, int]] = deque()  # (seconds, step, tokens in all)
+        self._tokens = 0
+        self.tokens_per_second = 0.0
+        self.steps_per_second = 0.0
+
+    def start(self, step: int) -> None:
+        """The clock starts, or goes on after a pause."""
+        self._marks.clear()
+        self._marks.append((time.perf_counter(), step, self._tokens))
+
+    def update(self, step: int, tokens: int) -> None:
+        now = time.perf_counter()
+        self._tokens += tokens
+        self._marks.append((now, step, self._tokens))
+        while len(self._marks) > 2 and now - self._marks[0][0] > WINDOW_SECONDS:
+            self._marks.popleft()
+        then, first, before = self._marks[0]
+        seconds = max(now - then, 1e-9)
+        self.tokens_per_second = (self._tokens - before) / seconds
+        self.steps_per_second = (step - first) / seconds
+
+
+class _Base:
+    def __init__(self, console: Console):
+        self.console = console
+        self.speed = Speed()
+        self.steps = 0
+        self.last_val = ""
+
+    def _left(self, step: int) -> str:
+        if not self.speed.steps_per_second:
+            return "-:--"
+        seconds = int((self.steps - step) / self.speed.steps_per_second)
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class LiveDisplay(_Base):
+    """A rich progress bar: loss, validation, tokens/s, time left."""
+
+    def start(self, step: int, steps: int) -> None:
+        self.steps = steps
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("[bold]loss {task.fields[loss]}[/]{task.fields[val]}"),
+            TextColumn("{task.fields[speed]} tok/s"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            expand=True,
+            refresh_per_second=4,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=step, loss="-", val="", speed="-", left="-:--")
+        self.progress.start()
+        self.speed.start(step)
+
+    def step(self, step: int, loss: float, tokens: int) -> None:
+        self.speed.update(step, tokens)
+        self.progress.update(
+            self.task,
+            completed=step,
+            loss=f"{loss:.3f}",
+            val=self.last_val,
+            speed=f"{self.speed.tokens_per_second:,.0f}",
+            left=self._left(step),
+        )
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
+        self.last_val = f"  val {val_loss:.3f} ({bits_per_byte:.2f} bits/byte)"
+        self.progress.update(self.task, val=self.last_val)
+        self.speed.start(step)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(Text(text))
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+
+class PlainDisplay(_Base):
+    """A line at the start, at every evaluation, and every `seconds`."""
+
+    def __init__(self, console: Console, seconds: float = 15.0):
+        super().__init__(console)
+        self.seconds = seconds
+        self._last = 0.0
+
+    def start(self, step: int, steps: int) -> None:
+        self.steps = steps
+        self.speed.start(step)
+        self._last = time.perf_counter()
+
+    def step(self, step: int, loss: float, tokens: int) -> None:
+        self.speed.update(step, tokens)
+        if time.perf_counter() - self._last >= self.seconds:
+            self._last = time.perf_counter()
+            speed = f"{self.speed.tokens_per_second:,.0f} tok/s"
+            self.note(f"step {step}/{self.steps}  loss {loss:.3f}  {speed}  {self._left(step)} left")
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
+        self.note(f"step {step}/{self.steps}  validation loss {val_loss:.3f}  {bits_per_byte:.3f} bits per byte")
+        self.speed.start(step)
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def stop(self) -> None:
+        return None

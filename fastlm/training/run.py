@@ -1,0 +1,180 @@
+"""A run and its folder: start one, or go on with one.
+
+    run/
+      config.toml          every setting, defaults included
+      tokenizer/
+      log.jsonl            one line a step, an evaluation, a sample, a checkpoint
+      checkpoints/         fastlm/training/checkpoint.py
+      loss.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastlm
+from fastlm.data import TokenData, Tokenizer, WindowLoader, dataset_tokenizer
+from fastlm.data.loader import read_manifest
+from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints
+from fastlm.training.config import RunConfig, config_to_toml, load_config
+from fastlm.training.journal import Journal
+from fastlm.training.plot import plot_losses
+from fastlm.training.progress import Display, make_display
+from fastlm.training.trackers import make_trackers
+from fastlm.training.trainer import Trainer, TrainResult, resolve_device
+
+CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
+
+
+def start_run(config: RunConfig, run: str | Path, *, display: Display | None = None) -> TrainResult:
+    """Train from scratch into a new run folder.
+
+    Raises:
+        FileExistsError: the folder is not empty: a run is never overwritten.
+        ValueError, FileNotFoundError: a setting or the data is wrong; nothing has been written then.
+    """
+    run = Path(run)
+    check_free(run)
+    torch.manual_seed(config.training.seed)
+    train, val, tokenizer = _open_data(config)
+    model_config = make_model_config(config, tokenizer)
+    config.model = model_config.to_dict()  # what the presets and the tokenizer came to
+    device = resolve_device(config.training.device)
+    train_loader, val_loader = _loaders(config, train, val, model_config.block_size)
+    model = GPT(model_config).to(device)
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run / "tokenizer")
+    (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+    journal = Journal(run / LOG)
+    trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
+    trainer = Trainer(
+        model, tokenizer, config, train_loader, val_loader,
+        run=run, journal=journal, display=display or make_display(), trackers=trackers,
+    )  # fmt: skip
+    journal.write("start", step=0, **_about(trainer))
+    return _fit(trainer, run)
+
+
+def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Display | None = None) -> TrainResult:
+    """Go on with a run from its newest checkpoint, as if it had never stopped.
+
+    Args:
+        overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the run that was
+            never stopped, on the same machine and with the same number of threads.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, no whole checkpoint, or other data than the run was started with.
+    """
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
+    config = load_config(run / CONFIG, overrides)
+    checkpoints = find_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew")
+    checkpoint = checkpoints[-1]
+    if checkpoint.step >= config.training.steps:
+        raise ValueError(
+            f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
+            "to train longer, set training.steps higher"
+        )
+    train, val, tokenizer = _open_data(config)
+    model = GPT.from_pretrained(checkpoint.model_path).to(resolve_device(config.training.device))
+    if model.config != GPTConfig.from_dict(config.model):
+        raise ValueError(f"the checkpoint {checkpoint.path} is of another model than the one in {run / CONFIG}")
+    train_loader, val_loader = _loaders(config, train, val, model.config.block_size)
+    journal = Journal(run / LOG, keep_until_step=checkpoint.step)
+    trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
+    trainer = Trainer(
+        model, tokenizer, config, train_loader, val_loader,
+        run=run, journal=journal, display=display or make_display(), trackers=trackers,
+    )  # fmt: skip
+    trainer.load_checkpoint(checkpoint)
+    (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+    journal.write("resume", step=checkpoint.step, **_about(trainer))
+    return _fit(trainer, run)
+
+
+def choose_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
+    """The "best" (by validation loss, else the newest) or the "last" checkpoint of a run folder."""
+    if which not in ("best", "last"):
+        raise ValueError(f"wanted the best or the last checkpoint, got {which!r}")
+    checkpoints = find_checkpoints(Path(run) / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(f"{run} has no checkpoint")
+    return (best_checkpoint(checkpoints) if which == "best" else None) or checkpoints[-1]
+
+
+def check_free(run: Path) -> None:
+    """Raise FileExistsError where something lies in the run folder already, other than a dataset in `data/`."""
+    if run.is_file():
+        raise FileExistsError(f"{run} is a file, wanted a folder for the run")
+    if (run / CONFIG).exists():
+        raise FileExistsError(f"{run} has a run already: choose another folder, or go on with it (fastlm train --resume {run})")
+    if run.is_dir() and any(p.name != "data" for p in run.iterdir()):
+        raise FileExistsError(f"the folder {run} is not empty: choose another one for the run")
+
+
+def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The model's configuration: preset, then the fields given, then the tokenizer's vocabulary."""
+    fields: dict[str, Any] = dict(config.model)
+    vocab_size = fields.setdefault("vocab_size", tokenizer.vocab_size)
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}")
+    preset = fields.pop("preset", None)
+    return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
+
+
+def _open_data(config: RunConfig) -> tuple[TokenData, TokenData | None, Tokenizer]:
+    folder = config.data.path
+    if not folder:
+        raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
+    splits = read_manifest(folder)["splits"]
+    if "train" not in splits:
+        raise ValueError(f"the dataset {folder} has no split 'train', it has: {', '.join(splits)}")
+    val = TokenData.open(folder, "val") if "val" in splits else None
+    return TokenData.open(folder, "train"), val, dataset_tokenizer(folder)
+
+
+def _loaders(
+    config: RunConfig, train: TokenData, val: TokenData | None, block_size: int
+) -> tuple[WindowLoader, WindowLoader | None]:
+    settings = config.training
+    train_loader = WindowLoader(train, settings.batch_size, block_size, seed=settings.seed, order=config.data.order)
+    if val is None:
+        return train_loader, None
+    try:
+        return train_loader, WindowLoader(val, settings.batch_size, block_size)
+    except ValueError as e:
+        raise ValueError(f"validation split of {config.data.path}: {e}") from None
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    """What the first line of a log tells of the run and its machine."""
+    device = trainer.device
+    return {
+        "fastlm": fastlm.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": trainer.precision,
+        "parameters": trainer.model.num_parameters(),
+        "flops_per_token": trainer.flops_per_token,
+        "peak_flops": trainer.peak_flops or "unknown",
+        "bytes_per_token": trainer.train_loader.data.bytes_per_token,
+    }
+
+
+def _fit(trainer: Trainer, run: Path) -> TrainResult:
+    try:
+        return trainer.fit()
+    finally:
+        trainer.journal.close()
+        for tracker in trainer.trackers:
+            tracker.close()
+        data = (trainer.val_loader or trainer.train_loader).data
+        plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=data.bytes_per_token)

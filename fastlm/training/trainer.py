@@ -1,0 +1,282 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlm.data import Tokenizer, WindowLoader
+from fastlm.models.gpt import GPT
+from fastlm.optim import clip_grad_norm
+from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
+from fastlm.training.config import RunConfig
+from fastlm.training.flops import peak_flops
+from fastlm.training.journal import Journal
+from fastlm.training.optimizer import make_optimizer
+from fastlm.training.progress import Display
+from fastlm.training.schedule import learning_rate
+from fastlm.training.signals import StopRequest
+from fastlm.training.trackers import Tracker
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or a gradient became NaN or infinite; the weights are those before that step."""
+
+
+@dataclass
+class TrainResult:
+    """How a run ended: `reason` is "done", "early stop", or the name of a signal."""
+
+    reason: str
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    tokens_per_second: float
+
+
+class Trainer:
+    """Trains a model on windows of text; everything that must survive a crash is in its `state_dict` and in the checkpoint.
+
+    Args:
+        model: on its device already.
+        train, val: where windows come from; without `val` there is no validation.
+        run: the run folder.
+        journal, display, trackers: where numbers go.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        train: WindowLoader,
+        val: WindowLoader | None,
+        *,
+        run: Path,
+        journal: Journal,
+        display: Display,
+        trackers: list[Tracker] | None = None,
+    ):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.train_loader, self.val_loader = train, val
+        self.journal, self.display, self.trackers = journal, display, trackers or []
+        self.device = model.device
+        self.precision = resolve_precision(config.training.precision, self.device)
+        model.gradient_checkpointing = config.training.gradient_checkpointing
+        self.forward: Any = torch.compile(model) if config.training.compile else model
+        self.optimizer = make_optimizer(model, config.optimizer, config.training.lr)
+        self.writer = CheckpointWriter(
+            run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        )
+        self.flops_per_token = model.flops_per_token(train.block_size)
+        self.peak_flops = peak_flops(self.device, self.precision)
+        self.step = 0  # optimizer steps done
+        self.train_loss: float | None = None
+        self.val_loss: float | None = None  # None until evaluated, and again after a step
+        self.best_val_loss: float | None = None
+        self.evaluations_since_best = 0
+        self._saved_at: int | None = None
+
+    def fit(self) -> TrainResult:
+        """Train until the last step, an early stop, or a signal; a checkpoint of the end is on the disk when this returns.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        steps = self.config.training.steps
+        reason = "done"
+        trained_tokens, trained_seconds = 0, 0.0
+        self.model.train()
+        self.display.start(self.step, steps)
+        try:
+            with StopRequest() as stop:
+                while self.step < steps:
+                    began = time.perf_counter()
+                    tokens = self._train_step()
+                    seconds = time.perf_counter() - began
+                    trained_tokens, trained_seconds = trained_tokens + tokens, trained_seconds + seconds
+                    self._report_step(tokens, seconds)
+                    if self._is_due(self.config.evaluation.every) or self.step == steps:
+                        self.evaluate()
+                    if self.config.evaluation.sample_every and self._is_due(self.config.evaluation.sample_every):
+                        self.sample()
+                    if stop.received is not None:
+                        reason = stop.received.name
+                        break
+                    patience = self.config.evaluation.patience
+                    if patience and self.evaluations_since_best >= patience:
+                        reason = "early stop"
+                        break
+                    if self._is_due(self.config.checkpoint.every) or self._is_new_best():
+                        self.save()
+                if self._saved_at != self.step:
+                    self.save()
+                self.writer.wait()
+        finally:
+            self.display.stop()
+        speed = trained_tokens / max(trained_seconds, 1e-9)
+        self.journal.write("end", step=self.step, reason=reason, tokens_per_second=speed)
+        return TrainResult(reason, self.step, self.train_loss, self.val_loss, self.best_val_loss, speed)
+
+    def evaluate(self) -> float | None:
+        """Mean loss over fixed windows of the validation split; None without one. Draws no random numbers."""
+        if self.val_loader is None:
+            return None
+        x, y = self.val_loader.evenly_spaced(self.config.evaluation.windows)
+        total = 0.0
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            for i in range(0, len(x), self.config.training.batch_size):
+                rows = slice(i, i + self.config.training.batch_size)
+                _, loss = self.model(x[rows].to(self.device), y[rows].to(self.device))
+                total += loss.item() * len(x[rows])  # type: ignore[union-attr]
+        self.model.train()
+        self.val_loss = total / len(x)
+        if self.best_val_loss is None or self.val_loss < self.best_val_loss:
+            self.best_val_loss, self.evaluations_since_best = self.val_loss, 0
+        else:
+            self.evaluations_since_best += 1
+        bits = bits_per_byte(self.val_loss, self.val_loader.data.bytes_per_token)
+        self._log("eval", val_loss=self.val_loss, bits_per_byte=bits)
+        self.display.evaluation(self.step, self.val_loss, bits)
+        return self.val_loss
+
+    def sample(self) -> str:
+        """A continuation of the prompt, from a generator of its own: training is the same with and without samples."""
+        settings = self.config.evaluation
+        begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
+        prompt = (begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
+        generator = torch.Generator(self.device).manual_seed(self.config.training.seed + self.step)
+        idx = torch.tensor([prompt], device=self.device)
+        with self._autocast():
+            ids = self.model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+        text = self.tokenizer.decode(ids[0].tolist())
+        self.journal.write("sample", step=self.step, text=text)
+        self.display.note(f"step {self.step} sample: {text}")
+        return text
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, in the background."""
+        self.writer.save(self.model, self.state_dict(), self.step, self.val_loss)
+        self._saved_at = self.step
+        self.journal.write("checkpoint", step=self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is not in the model's weights."""
+        return {
+            "step": self.step,
+            "train_loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "evaluations_since_best": self.evaluations_since_best,
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.train_loader.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was taken; the weights have been loaded with the model."""
+        state = checkpoint.load_state()
+        self.step = self._saved_at = state["step"]
+        for name in ("train_loss", "val_loss", "best_val_loss", "evaluations_since_best"):
+            setattr(self, name, state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_loader.load_state_dict(state["data"])
+        set_rng_state(state["rng"])
+
+    def _train_step(self) -> int:
+        """One optimizer step over grad_accum batches; returns the number of tokens."""
+        settings = self.config.training
+        lr = learning_rate(self.step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=self.device)
+        tokens = 0
+        position = self.train_loader.samples
+        for _ in range(settings.grad_accum):
+            x, y = self._to_device(*self.train_loader.next_batch())
+            with self._autocast():
+                _, loss = self.forward(x, y)
+            (loss / settings.grad_accum).backward()
+            loss_sum += loss.detach()
+            tokens += x.numel()
+        norm, scale = clip_grad_norm(self.model.parameters(), settings.grad_clip or math.inf)
+        self.train_loss, self.grad_norm, self.lr = loss_sum.item() / settings.grad_accum, norm.item(), lr
+        if not (math.isfinite(self.train_loss) and math.isfinite(self.grad_norm)):
+            self._stop_non_finite(position)
+        self.optimizer.step(grad_scale=scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.val_loss = None
+        return tokens
+
+    def _stop_non_finite(self, position: int) -> None:
+        self.writer.wait()
+        last = "there is no checkpoint before it" if self._saved_at is None else f"the checkpoint before it is of step {self._saved_at}"
+        raise NonFiniteLossError(
+            f"step {self.step + 1}: loss {self.train_loss}, gradient norm {self.grad_norm}, lr {self.lr:g}, at data position {position} "
+            f"(windows since the start); {last}. A lower training.lr or a longer training.warmup_steps often helps."
+        )
+
+    def _report_step(self, tokens: int, seconds: float) -> None:
+        speed = tokens / max(seconds, 1e-9)
+        mfu = None if self.peak_flops is None else speed * self.flops_per_token / self.peak_flops
+        assert self.train_loss is not None
+        self._log(
+            "step", loss=self.train_loss, lr=self.lr, grad_norm=self.grad_norm, tokens=tokens, tokens_per_second=speed, mfu=mfu
+        )
+        self.display.step(self.step, self.train_loss, tokens)
+
+    def _log(self, kind: str, **values: Any) -> None:
+        self.journal.write(kind, step=self.step, **values)
+        for tracker in self.trackers:
+            tracker.log(self.step, {f"{kind}/{k}": v for k, v in values.items() if v is not None})
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _is_new_best(self) -> bool:
+        return self.config.checkpoint.keep_best and self.val_loss is not None and self.evaluations_since_best == 0
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.device.type != "cuda":
+            return list(tensors)
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """The loss as bits per byte of text, which does not depend on the tokenizer."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda", "cuda:1", …; ValueError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, or cuda[:number], got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """"fp32" or "bf16" for a config's precision on a device."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return name
