@@ -90,8 +90,8 @@ class GPT(nn.Module):
             reduction: "mean" over the targets that count, "sum", or "none": the losses, (B, T).
             label_smoothing, z_loss: as in `fastlm.ops.linear_cross_entropy`.
             cu_seqlens, max_seqlen: several sequences packed into one row, B = 1: (N + 1) int32 offsets of their starts
-                with the total at the end, and the length of the longest. Each sees only itself and starts at
-                position 0.
+                with the total at the end, and the length of the longest (default: T). Each sees only itself and
+                starts at position 0.
             cache: keys and values of the tokens before idx (see `fastlm.generation.cache`); those of idx are added.
 
         Returns:
@@ -101,6 +101,7 @@ class GPT(nn.Module):
             ValueError: a wrong shape or dtype, a sequence longer than block_size, and, on the CPU, a token id out of
                 range. On a GPU looking at the ids would stop the stream: there PyTorch's embedding asserts on the
                 device, and the error appears at the next synchronisation.
+            IndexError: on the CPU, a target out of range (on a GPU its loss is NaN).
         """
         hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache)
         if targets is None:
@@ -108,16 +109,14 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         loss = ops.linear_cross_entropy(
-            hidden.flatten(0, 1),
+            hidden,
             self.head_weight,
-            targets.flatten(),
+            targets,
             reduction=reduction,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=self.config.logit_softcap,
         )
-        if reduction == "none":
-            loss = loss.view(targets.shape)
         return (self.logits(hidden) if return_logits else None), loss
 
     def hidden_states(
@@ -236,12 +235,12 @@ class GPT(nn.Module):
             raise ValueError(f"idx must be int64 or int32 token ids, got {idx.dtype}")
         longest = idx.shape[1] + (0 if cache is None else cache.length)
         if cu_seqlens is not None:
-            if max_seqlen is None or idx.shape[0] != 1 or cache is not None:
+            if idx.shape[0] != 1 or cache is not None:
                 raise ValueError(
-                    "packed sequences (cu_seqlens) need max_seqlen, idx of shape (1, T) and no cache; got "
-                    f"max_seqlen={max_seqlen}, idx {tuple(idx.shape)} and {'no' if cache is None else 'a'} cache"
+                    f"packed sequences (cu_seqlens) need idx of shape (1, T) and no cache; got {tuple(idx.shape)} and "
+                    f"{'no' if cache is None else 'a'} cache"
                 )
-            longest = max_seqlen
+            longest = longest if max_seqlen is None else max_seqlen
         if longest > self.config.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than block_size = {self.config.block_size}")
         # Reading the ids is cheap on a CPU. On a GPU it would wait for the stream, and in a compiled graph break it:

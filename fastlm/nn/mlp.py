@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 
-GATED = ("swiglu", "geglu")
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "relu2", "silu", *GATED)
+__all__ = ["ACTIVATIONS", "GATED", "MLP"]
 
 
 class MLP(nn.Module):
