@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.emulator import backend as emulator_backend
+
+emulator_backend.register()  # before op_suite.py reads the list of backends
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,13 @@
+// Where in the kernel's source an emulated instruction stands. Every emulated function takes one as its last argument,
+// with here() as the default, which names the line of the call.
+#pragma once
+
+namespace fastlm::emulator {
+
+struct Site {
+  const char* file = nullptr;
+  int line = 0;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+}  // namespace fastlm::emulator

@@ -1,0 +1,100 @@
+"""The backend "emulator": the CUDA kernels, run on CPU tensors by the emulator, through the same Python wrappers.
+
+The module is csrc/bindings.cpp itself with the emulated .cu files behind it, so its functions have the signatures of
+fastlm._C. The CPU kernels are left out; their functions are null in it, and nothing here calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from fastlm.ops import native, registry
+from fastlm.ops.layer_norm import native as layer_norm
+from tests.emulator import build
+
+NAME = "emulator"
+MULTIPROCESSORS = 2  # of the emulated device: few, so that small tests have several turns of a persistent kernel
+
+
+@functools.cache
+def module() -> ModuleType:
+    """Builds and loads the emulated module. Raises build.Unavailable where that is impossible."""
+    ninja = build.Ninja("backend")
+    bindings = ninja.object(build.CSRC / "bindings.cpp", flags=build.python_includes())
+    kernels = [ninja.object(source) for source in sorted(build.CSRC.glob("*/*.cu"))]
+    library = ninja.library("_C", [*kernels, ninja.weakened(bindings)])
+    ninja.run()
+    loader = importlib.machinery.ExtensionFileLoader("fastlm_emulator._C", str(library))
+    spec = importlib.util.spec_from_file_location("fastlm_emulator._C", library, loader=loader)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the emulator can run on this machine, else the reason why not."""
+    try:
+        module()
+    except build.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+class Compiled:
+    """Stands in for fastlm._C: the same functions, always the CUDA kernel, on the emulated device."""
+
+    def layer_norm_forward(self, on_cuda: bool, *arguments: Any) -> None:
+        module().layer_norm_forward(True, *arguments)
+
+    def layer_norm_backward_workspace(self, on_cuda: bool, rows: int, cols: int, sms: int) -> int:
+        return module().layer_norm_backward_workspace(True, rows, cols, MULTIPROCESSORS)
+
+    def layer_norm_backward(self, on_cuda: bool, *arguments: Any) -> None:
+        *arguments, _sms, stream = arguments
+        module().layer_norm_backward(True, *arguments, MULTIPROCESSORS, stream)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Inside, the ops' native wrappers call the emulated kernels."""
+    compiled = native.C
+    native.C = Compiled()
+    try:
+        yield
+    finally:
+        native.C = compiled
+
+
+class Emulated:
+    """An op's native.py with its functions run on the emulator."""
+
+    def __init__(self, native_op: ModuleType):
+        self.op = native_op
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.op, name)
+        return self._emulate(attribute) if callable(attribute) else attribute
+
+    @staticmethod
+    def _emulate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            with emulated():
+                return function(*arguments)
+
+        return run
+
+
+def register() -> None:
+    """Makes the backend known to fastlm.ops. Nothing is built before it is used."""
+    registry.register_backend(NAME, unavailable, device_type="cpu")
+    for op in ("layer_norm", "rms_norm"):
+        registry.register_implementation(op, NAME, Emulated(layer_norm))
