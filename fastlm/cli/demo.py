@@ -32,9 +32,10 @@ class Preset:
     minutes: float
 
 
-# Two cores do about 10^14 to 10^15 FLOPs in three minutes: a model of some two million parameters sees a million and a half tokens.
-# BPE rather than bytes: a token of BPE-2048 stands for three bytes of Python, so the same arithmetic reads three times the text
-# and a window of 128 tokens spans a function. Measured in the same CPU time: see docs/demo.md.
+# Two cores do about 10^14 to 10^15 FLOPs in three minutes: a model of some two million parameters sees a million and
+# a half tokens. BPE rather than bytes: a token of BPE-2048 stands for three bytes of Python, so the same arithmetic
+# reads three times the text and a window of 128 tokens spans a function. Measured in the same CPU time: see
+# docs/demo.md.
 CPU = Preset(
     vocab_size=2048,
     text_mb=6,
@@ -47,7 +48,15 @@ CPU = Preset(
 CUDA = Preset(
     vocab_size=4096,
     text_mb=32,
-    model={"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 256, "bias": False, "position": "rotary", "dropout": 0.1},
+    model={
+        "n_layer": 8,
+        "n_head": 8,
+        "n_embd": 512,
+        "block_size": 256,
+        "bias": False,
+        "position": "rotary",
+        "dropout": 0.1,
+    },
     batch_size=64,
     lr=1e-3,
     steps=1500,
@@ -62,13 +71,24 @@ SAMPLE_TOKENS = 200
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(help="A text file or a folder of them. Default: the source of Python's standard library.", show_default=False),
+        typer.Option(
+            help="A text file or a folder of them. Default: the source of Python's standard library.",
+            show_default=False,
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/demo, or the next that is free.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run folder. Default: runs/demo, or the next that is free.", show_default=False),
+    ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Train about so long (at most the preset's steps). Default: 3.", show_default=False, min=0.05)
+        float | None,
+        typer.Option(
+            help="Train about so long (at most the preset's steps). Default: 3.", show_default=False, min=0.05
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Train exactly so many steps instead.", show_default=False, min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Train exactly so many steps instead.", show_default=False, min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the sample.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
@@ -87,14 +107,15 @@ def demo(
     check_free(run)
     chosen = resolve_device(device)
     preset = CUDA if chosen.type == "cuda" else CPU
-    tokenizer, counts = _prepare(data, run, preset, console)
+    tokenizer = _prepare(data, run, preset, console)
     config = _config(run, preset, seed, device, steps or preset.steps)
     if steps is None:
         _fit_steps_to_time(config, tokenizer, chosen, (minutes or preset.minutes) * 60, console)
     where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shape = config.model
     console.print(
-        f"model: {shape['n_layer']} layers, {shape['n_embd']} wide, {shape['n_head']} heads, context {shape['block_size']} tokens; "
+        f"model: {shape['n_layer']} layers, {shape['n_embd']} wide, {shape['n_head']} heads, "
+        f"context {shape['block_size']} tokens; "
         f"{config.training.steps} steps of {config.training.batch_size * shape['block_size']:,} tokens on {where}",
         highlight=False,
         soft_wrap=True,
@@ -104,9 +125,13 @@ def demo(
         from fastlm.cli.train import report
 
         report(result, run, console)
-    _score(run, counts, console)
+    _score(run, console)
     _sample(run, "def " if data is None else "", seed, console)
-    console.print(f"\nrun folder: {run}  (loss.png, log.jsonl, config.toml, tokenizer/, checkpoints/)", highlight=False, soft_wrap=True)
+    console.print(
+        f"\nrun folder: {run}  (loss.png, log.jsonl, config.toml, tokenizer/, checkpoints/)",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"go on: fastlm generate {run} --prompt 'class '", highlight=False, soft_wrap=True)
 
 
@@ -118,7 +143,7 @@ def _free_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def _prepare(data: Path | None, run: Path, preset: Preset, console: Console) -> tuple[Tokenizer, dict[str, Any]]:
+def _prepare(data: Path | None, run: Path, preset: Preset, console: Console) -> Tokenizer:
     """Train the tokenizer on the training text, and write the token shards into RUN/data."""
     from fastlm.data import BPETokenizer, write_dataset
 
@@ -132,15 +157,15 @@ def _prepare(data: Path | None, run: Path, preset: Preset, console: Console) -> 
         )
     tokenizer = BPETokenizer.train((text for split, text, _ in pieces if split == "train"), preset.vocab_size)
     manifest = write_dataset(iter(pieces), run / "data", tokenizer)
-    counts = manifest["splits"]
+    train, held_out = manifest["splits"]["train"], manifest["splits"]["val"]
     what = "the Python standard library's source" if data is None else str(data)
     console.print(
-        f"text: {what}, {counts['train']['text_bytes'] / 1e6:.2f} MB to train on, {counts['val']['text_bytes'] / 1e6:.2f} MB held out; "
-        f"BPE of {tokenizer.vocab_size:,} tokens, {counts['train']['text_bytes'] / counts['train']['tokens']:.2f} bytes each",
+        f"text: {what}; {train['text_bytes'] / 1e6:.2f} MB for training, {held_out['text_bytes'] / 1e6:.2f} held out; "
+        f"BPE of {tokenizer.vocab_size:,} tokens, {train['text_bytes'] / train['tokens']:.2f} bytes each",
         highlight=False,
         soft_wrap=True,
     )
-    return tokenizer, counts
+    return tokenizer
 
 
 def _pieces(data: Path | None, max_bytes: int) -> SplitPieces:
@@ -187,7 +212,7 @@ def _config(run: Path, preset: Preset, seed: int, device: str, steps: int) -> Ru
                 "seed": seed,
                 "device": device,
             },
-            "evaluation": {"every": max(1, steps // EVALUATIONS), "windows": 64},
+            "evaluation": {"every": max(10, steps // EVALUATIONS), "windows": 64},
             "checkpoint": {"every": 0, "keep_last": 1},
         }
     )
@@ -218,10 +243,10 @@ def _fit_steps_to_time(config: RunConfig, tokenizer: Tokenizer, device: Any, sec
     steps = max(1, min(config.training.steps, math.floor(seconds / step_seconds)))
     config.training.steps = steps
     config.training.warmup_steps = max(1, round(WARMUP * steps))
-    config.evaluation.every = max(1, steps // EVALUATIONS)
+    config.evaluation.every = max(10, steps // EVALUATIONS)
 
 
-def _score(run: Path, counts: dict[str, Any], console: Console) -> None:
+def _score(run: Path, console: Console) -> None:
     """Bits per byte on the held-out text, beside gzip; and the picture with gzip's line."""
     from rich.table import Table
 
@@ -240,9 +265,16 @@ def _score(run: Path, counts: dict[str, Any], console: Console) -> None:
     scale = math.log(2) * val.bytes_per_token
     first = next(r for r in read_journal(run / LOG) if r["kind"] == "step")
     plot_losses(
-        run / LOG, run / PICTURE, title="fastlm demo", bytes_per_token=val.bytes_per_token, gzip_bits=score.gzip_bits_per_byte
+        run / LOG,
+        run / PICTURE,
+        title="fastlm demo",
+        bytes_per_token=val.bytes_per_token,
+        gzip_bits=score.gzip_bits_per_byte,
     )
-    table = Table(title=f"held-out text: {score.text_bytes:,} bytes, {score.tokens:,} tokens, each scored once", title_justify="left")
+    table = Table(
+        title=f"held-out text: {score.text_bytes:,} bytes, {score.tokens:,} tokens, each scored once",
+        title_justify="left",
+    )
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_row("untrained (training loss at step 1)", f"{first['loss'] / scale:.3f}")

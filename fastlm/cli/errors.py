@@ -13,7 +13,8 @@ TRACEBACK = "FASTLM_TRACEBACK"
 
 
 class FriendlyGroup(TyperGroup):
-    """Prints bad input (ValueError), file errors (OSError), an unsupported backend and a full GPU as one message; exit code 1.
+    """Prints bad input (ValueError), file errors (OSError), an unsupported backend and a full GPU as one message;
+    exit code 1.
 
     With FASTLM_TRACEBACK=1 in the environment the exception passes through.
     """

@@ -11,13 +11,23 @@ import typer
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face model folder.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face model folder.", show_default=False)
+    ],
     text: Annotated[Path | None, typer.Option(help="A text file (UTF-8).", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option(help="A dataset folder: its validation split.", show_default=False)] = None,
-    choices: Annotated[Path | None, typer.Option(help="Questions in HellaSwag's form (JSONL).", show_default=False)] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A dataset folder: its validation split.", show_default=False)
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="Questions in HellaSwag's form (JSONL).", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
-    stride: Annotated[int | None, typer.Option(help="Of the sliding window; default: half the context.", show_default=False)] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Of the sliding window; default: half the context.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or endings, in one forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Only so many questions.", show_default=False)] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -41,7 +51,9 @@ def evaluate(
     split = TokenData.open(data, "val") if data else None
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
     if split is not None and split.fingerprint != vocabulary.fingerprint:
-        raise ValueError(f"the dataset {data} was made with another tokenizer than the model's; evaluate its text with --text")
+        raise ValueError(
+            f"the dataset {data} was made with another tokenizer than the model's; evaluate its text with --text"
+        )
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("evaluating", total=None)

@@ -11,17 +11,31 @@ import typer
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face model folder.", show_default=False)],
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue. Several make one batch.", show_default=False)] = None,
+    model: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face model folder.", show_default=False)
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to continue. Several make one batch.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest that together have this probability.", show_default=False)] = None,
-    min_p: Annotated[float | None, typer.Option(help="Only those with this part of the likeliest's probability.", show_default=False)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: makes repetition unlikelier.", show_default=False)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears. Any number of times.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the likeliest that together have this probability.", show_default=False)
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only those with this part of the likeliest's probability.", show_default=False)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: makes repetition unlikelier.", show_default=False)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End where this text appears. Any number of times.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts, same text.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
@@ -38,7 +52,9 @@ def generate(
         if not row:
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")
         if len(row) > loaded.config.block_size:
-            raise ValueError(f"the prompt {text[:40]!r}… has {len(row)} tokens, the model's context is {loaded.config.block_size}")
+            raise ValueError(
+                f"the prompt {text[:40]!r}… has {len(row)} tokens, the model's context is {loaded.config.block_size}"
+            )
     stops = [s for s in stop or [] if s]
     streams = [TextStream(vocabulary.stream(), stops) for _ in ids]
     live = len(ids) == 1

@@ -40,7 +40,9 @@ def info() -> None:
             cells.append(f"no ({reasons.index(reason) + 1})")
         grid.add_row(op, *cells)
     console.print(grid)
-    console.print("no kernel: there is none for this op on this backend; the reference runs everywhere", highlight=False)
+    console.print(
+        "no kernel: there is none for this op on this backend; the reference runs everywhere", highlight=False
+    )
     for number, reason in enumerate(reasons, 1):
         console.print(f"({number}) {reason}", highlight=False, markup=False)
 
@@ -64,7 +66,9 @@ def _facts(torch: Any, version: str) -> list[tuple[str, Any]]:
         facts.append(("GPU", "none that torch sees"))
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        facts.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"))
+        facts.append(
+            (f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
+        )
     return facts
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` and `generate` have in common: a model and its tokenizer from a run, a checkpoint or a model folder."""
+"""A model and its tokenizer, from a run, a checkpoint or a model folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def load_model(
     elif (path / "config.json").is_file():
         model_path, tokenizer_path = path, path
     else:
-        raise FileNotFoundError(f"{path} is no run ({CONFIG}), no checkpoint ({INFO}) and no model folder (config.json)")
+        raise FileNotFoundError(
+            f"{path} is no run ({CONFIG}), no checkpoint ({INFO}) and no model folder (config.json)"
+        )
     loaded = load_tokenizer(tokenizer or tokenizer_path)
     model = GPT.from_pretrained(model_path).to(resolve_device(device)).eval()
     if loaded.vocab_size > model.config.vocab_size:

@@ -10,28 +10,34 @@ import typer
 
 
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="Text files, folders, or .jsonl files (also .gz).", show_default=False)],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Text files, folders, or .jsonl files (also .gz).", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The dataset folder to make.", show_default=False)],
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="bytes, chars, bpe (trained on the text, see --vocab-size), or a path: a tokenizer.json or a folder with one, "
-            "or with GPT-2's vocab.json and merges.txt."
+            help="bytes, chars, bpe (trained on the text, see --vocab-size), or a path: a tokenizer.json, or a folder "
+            "with one or with GPT-2's vocab.json and merges.txt."
         ),
     ] = "bytes",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE trained here.")] = 8192,
     val: Annotated[float, typer.Option(help="Part of the text for validation.")] = 0.1,
-    val_input: Annotated[list[Path] | None, typer.Option(help="Validation text of its own (then --val is not used).")] = None,
+    val_input: Annotated[
+        list[Path] | None, typer.Option(help="Validation text of its own (then --val is not used).")
+    ] = None,
     pattern: Annotated[str, typer.Option(help="Which files of a folder, as *.py.")] = "*",
     text_key: Annotated[str, typer.Option(help="The key of the text in a .jsonl line.")] = "text",
-    on_bad_text: Annotated[str, typer.Option(help="Bytes that are not UTF-8: error, skip (the document) or replace.")] = "error",
+    on_bad_text: Annotated[
+        str, typer.Option(help="Bytes that are not UTF-8: error, skip (the document) or replace.")
+    ] = "error",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there already.")] = False,
     threads: Annotated[int, typer.Option(help="Threads for BPE; 0: all cores.")] = 0,
 ) -> None:
     """Turn text into a dataset folder of memory-mapped token shards.
 
-    A single file is split at its end (the last 10 % are for validation); with several documents, whole documents are held out.
-    Memory does not grow with the corpus.
+    A single file is split at its end (the last 10 % are for validation); with several documents, whole documents are
+    held out. Memory does not grow with the corpus.
     """
     if threads:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizers library at its first use
@@ -55,10 +61,15 @@ def prepare(
         )
     for split, counts in manifest["splits"].items():
         console.print(
-            f"{split:5}  {counts['tokens']:>13,} tokens  {counts['documents']:>9,} documents  {counts['text_bytes']:>13,} bytes",
+            f"{split:5}  {counts['tokens']:>13,} tokens  {counts['documents']:>9,} documents  "
+            f"{counts['text_bytes']:>13,} bytes",
             highlight=False,
         )
-    for count, what in ((report.binary_files, "binary files"), (report.undecodable, "documents that are not UTF-8"), (report.empty, "empty documents")):  # fmt: skip
+    for count, what in (
+        (report.binary_files, "binary files"),
+        (report.undecodable, "documents that are not UTF-8"),
+        (report.empty, "empty documents"),
+    ):
         if count:
             console.print(f"left out: {count} {what}", highlight=False)
     console.print(f"dataset: {out}  (vocabulary {manifest['vocab_size']:,})", highlight=False, soft_wrap=True)

@@ -11,11 +11,15 @@ import typer
 def train(
     out: Annotated[Path | None, typer.Option(help="The run folder to make.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="Settings (TOML).", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder made by `fastlm prepare` (data.path).", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder made by `fastlm prepare` (data.path).", show_default=False)
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: --set training.lr=3e-4. Any number of times.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run from its newest checkpoint.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a model. Ctrl-C and SIGTERM save a checkpoint and leave; --resume goes on exactly where the run stopped."""
     from rich.console import Console
@@ -43,7 +47,9 @@ def report(result, run: Path, console) -> None:  # type: ignore[no-untyped-def] 
 
     losses = "" if result.train_loss is None else f"  loss {result.train_loss:.4f}"
     losses += "" if result.best_val_loss is None else f"  best validation loss {result.best_val_loss:.4f}"
-    console.print(f"{result.reason} at step {result.step}{losses}  {result.tokens_per_second:,.0f} tok/s", highlight=False)
+    console.print(
+        f"{result.reason} at step {result.step}{losses}  {result.tokens_per_second:,.0f} tok/s", highlight=False
+    )
     console.print(f"run: {run}", highlight=False, soft_wrap=True)
     if result.reason.startswith("SIG"):
         console.print(f"stopped and saved; go on with: fastlm train --resume {run}", highlight=False, soft_wrap=True)

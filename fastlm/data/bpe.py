@@ -1,4 +1,4 @@
-"""Byte-pair encoding through the `tokenizers` library: trained here, or loaded from Hugging Face's or OpenAI's files."""
+"""Byte-pair encoding through the `tokenizers` library: trained here, or loaded from published files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class BPETokenizer(Tokenizer):
             min_frequency: a pair seen less often is not merged, so a small text may give fewer ids.
         """
         if vocab_size < 257:
-            raise ValueError(f"byte-level BPE needs at least 257 ids (256 bytes and end of text), got vocab_size={vocab_size}")
+            raise ValueError(
+                f"byte-level BPE needs at least 257 ids (256 bytes and end of text), got vocab_size={vocab_size}"
+            )
         backend = _byte_level(tokenizers.models.BPE())
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,

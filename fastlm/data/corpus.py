@@ -9,19 +9,24 @@ from pathlib import Path
 
 from fastlm.data.documents import Document, digest_fraction
 
-# Left out: other people's packages; tests (some distributions ship none, and many hold odd encodings on purpose); tables
-# that are data rather than code; and what the installation writes itself.
+# Left out: other people's packages; tests (some distributions ship none, and many hold odd encodings on purpose);
+# tables that are data rather than code; and what the installation writes itself.
 SKIPPED_FOLDERS = {
-    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib-dynload",
+    "site-packages", "dist-packages", "__pycache__", "lib-dynload",
+    "test", "tests", "idle_test", "encodings", "pydoc_data",
 }  # fmt: skip
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 VAL_FRACTION = 0.06
 
 
-def stdlib_documents(max_bytes: int | None = None, root: str | Path | None = None) -> tuple[list[Document], list[Document]]:
-    """(train, val) documents: the .py files of the standard library, identical files once, in an order given by their hash.
+def stdlib_documents(
+    max_bytes: int | None = None, root: str | Path | None = None
+) -> tuple[list[Document], list[Document]]:
+    """(train, val) documents: the .py files of the standard library, identical files once, in an order given by
+    their hash.
 
-    A file goes to validation by a hash of its text, so neither the order of the files nor the cap moves one to the other side.
+    A file goes to validation by a hash of its text, so neither the order of the files nor the cap moves one to the
+    other side.
 
     Args:
         max_bytes: take files until there is this much text; None: all of them.
@@ -40,7 +45,9 @@ def stdlib_documents(max_bytes: int | None = None, root: str | Path | None = Non
         if text:
             texts.setdefault(hashlib.sha256(text.encode()).hexdigest(), (relative.as_posix(), text))
     if not texts:
-        raise FileNotFoundError(f"no Python sources of the standard library in {root}: give a text with --data FILE_OR_FOLDER")
+        raise FileNotFoundError(
+            f"no Python sources of the standard library in {root}: give a text with --data FILE_OR_FOLDER"
+        )
     train: list[Document] = []
     val: list[Document] = []
     total = 0

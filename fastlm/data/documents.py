@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 PIECE_CHARS = 1 << 20  # a longer document is handed on in pieces of about this many characters
 # Where a long text may be cut: at a single line break between two words. There the pre-tokenization of GPT-2 (and of
@@ -70,16 +70,19 @@ def find_files(inputs: Sequence[str | Path], pattern: str = "*") -> list[Path]:
 def read_documents(
     files: Sequence[Path], *, text_key: str = "text", on_bad_text: str = "error", report: ReadReport | None = None
 ) -> Iterator[Document]:
-    """Documents of the files, in order. A line of a .jsonl file is one document (its `text_key`); any other file is one document.
+    """Documents of the files, in order. A line of a .jsonl file is one document (its `text_key`); any other file is
+    one document.
 
     `.gz` is read through gzip. Files with a zero byte near the start are taken for binary and left out.
 
     Args:
-        on_bad_text: what to do with bytes that are not UTF-8: "error", "skip" the document, or "replace" them by U+FFFD.
+        on_bad_text: what to do with bytes that are not UTF-8: "error", "skip" the document, or "replace" them by
+            U+FFFD.
         report: counts what was left out.
 
     Raises:
-        ValueError: text that is not UTF-8 (with on_bad_text="error"), or a line that is not JSON with that key; says where.
+        ValueError: text that is not UTF-8 (with on_bad_text="error"), or a line that is not JSON with that key; says
+            where.
     """
     if on_bad_text not in BAD_TEXT:
         raise ValueError(f"on_bad_text must be one of {', '.join(BAD_TEXT)}, got {on_bad_text!r}")
@@ -107,8 +110,8 @@ def _is_hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _open_bytes(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _open_bytes(path: Path) -> io.BufferedReader:
+    return cast(io.BufferedReader, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _is_binary(path: Path) -> bool:
@@ -139,7 +142,7 @@ def _file_pieces(path: Path, on_bad_text: str) -> Iterator[str]:
 
 
 def _last_cut(text: str) -> int:
-    """Where to cut a growing text: the last place that changes no id; anywhere at all once 16 pieces have none; 0: not yet."""
+    """Where to cut a growing text without changing an id; anywhere once 16 pieces have no such place; 0: not yet."""
     if len(text) < PIECE_CHARS:
         return 0
     end = len(text)
@@ -179,7 +182,9 @@ def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadRe
                 row = json.loads(text)
                 value = row[text_key]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{name}: wanted a JSON object with a key {text_key!r}, got {text.strip()[:80]!r}") from None
+                raise ValueError(
+                    f"{name}: wanted a JSON object with a key {text_key!r}, got {text.strip()[:80]!r}"
+                ) from None
             if not isinstance(value, str):
                 raise ValueError(f"{name}: {text_key!r} must be a string, got {type(value).__name__}")
             if value:
@@ -190,4 +195,7 @@ def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadRe
 
 def _not_utf8(where: os.PathLike[str] | str, e: UnicodeDecodeError) -> str:
     got = f"byte 0x{e.object[e.start]:02x}" if e.start < len(e.object) else "an incomplete character at its end"
-    return f"{where} is not UTF-8 text: {got} ({e.reason}); convert it, or let such bytes be skipped or replaced (--on-bad-text)"
+    return (
+        f"{where} is not UTF-8 text: {got} ({e.reason}); "
+        "convert it, or let such bytes be skipped or replaced (--on-bad-text)"
+    )

@@ -1,8 +1,8 @@
 """Training windows from token shards.
 
-Every sample is a pure function of (seed, sample number): nothing is drawn in order, nothing is shuffled in memory. So the state
-of the loader is one integer, resuming is exact, and R processes that each take their part of the sample numbers see together
-exactly what one process sees.
+Every sample is a pure function of (seed, sample number): nothing is drawn in order, nothing is shuffled in memory.
+So the state of the loader is one integer, resuming is exact, and R processes that each take their part of the sample
+numbers see together exactly what one process sees.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The dataset.json of a dataset folder, with a clear error where there is none."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a fastlm dataset: it has no {MANIFEST} (make one with `fastlm prepare`)")
+        raise FileNotFoundError(
+            f"{folder} is not a fastlm dataset: it has no {MANIFEST} (make one with `fastlm prepare`)"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["splits"], dict) or not isinstance(manifest["tokenizer"], str):
@@ -89,7 +91,8 @@ class WindowLoader:
     Args:
         batch_size: windows per `next_batch` on this process.
         block_size: tokens in a window, T.
-        order: "random" draws every window's start uniformly; "shuffled" goes through the text in windows that do not overlap,
+        order: "random" draws every window's start uniformly; "shuffled" goes through the text in windows that do not
+            overlap,
             each once an epoch, in a new order and with a new offset every epoch.
         rank, world_size: this process takes every world_size-th batch of the global sequence.
     """
@@ -116,13 +119,17 @@ class WindowLoader:
         if not arrays:
             longest = max(len(a) for a in data.arrays)
             raise ValueError(
-                f"the text is too short: {longest:,} tokens in one shard, a window of block_size={block_size} needs {block_size + 1:,}"
+                f"the text is too short: {longest:,} tokens in one shard, "
+                f"a window of block_size={block_size} needs {block_size + 1:,}"
             )
         self._windows = [np.lib.stride_tricks.sliding_window_view(a, block_size + 1) for a in arrays]
         lengths = np.array([len(a) for a in arrays], dtype=np.int64)
-        # Windows per shard: every start is one ("random"), or every block_size-th, with room left for the epoch's offset.
+        # Windows per shard: every start is one ("random"), or every block_size-th, with room left for the epoch's
+        # offset.
         self._counts = lengths - block_size if order == "random" else np.maximum(1, lengths // block_size - 1)
-        self._slack = np.minimum(block_size, lengths - self._counts * block_size)  # offsets possible in a "shuffled" epoch
+        self._slack = np.minimum(
+            block_size, lengths - self._counts * block_size
+        )  # offsets possible in a "shuffled" epoch
         self._ends = np.cumsum(self._counts)
 
     @property
@@ -137,7 +144,8 @@ class WindowLoader:
         return self._gather(*self._locate(np.arange(first, first + self.batch_size, dtype=np.uint64)))
 
     def evenly_spaced(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`count` windows at even distances over the whole split (fewer, where there are not so many that differ): for evaluation.
+        """`count` windows at even distances over the whole split (fewer, where there are not so many that differ):
+        for evaluation.
 
         Does not move the position of the loader.
         """
@@ -158,11 +166,13 @@ class WindowLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; raises ValueError where it belongs to other data, another seed, order or block size."""
+        """Go on where `state` was taken; ValueError where it belongs to other data, seed, order or block size."""
         mine = self.state_dict()
         for key in ("seed", "order", "block_size", "tokens", "tokenizer"):
             if state[key] != mine[key]:
-                raise ValueError(f"the saved data position has {key}={state[key]!r}, this loader has {mine[key]!r}: not the same data")
+                raise ValueError(
+                    f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
+                )
         self.samples = state["samples"]
 
     def _starts_in_all(self) -> int:
@@ -196,14 +206,15 @@ class WindowLoader:
                 rows[shard == s] = self._windows[s][start[shard == s]]
         if rows.max() >= self.data.vocab_size:
             raise ValueError(
-                f"the shards {self.data.paths[0].parent} are damaged: id {rows.max()} in a vocabulary of {self.data.vocab_size}"
+                f"the shards in {self.data.paths[0].parent} are damaged: "
+                f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
             )
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of range(n) without a table: a 4-round Feistel network over the next even power of two,
-    walked until the value falls below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """A pseudo-random permutation of range(n) without a table: a 4-round Feistel network over the next even power of
+    two, walked until the value falls below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         index: uint64, each below n.

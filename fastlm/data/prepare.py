@@ -32,7 +32,7 @@ SplitPieces = Iterator[tuple[str, str, bool]]  # (split, text, whether the docum
 
 
 def split_by_document(documents: Iterable[Document], val_fraction: float) -> SplitPieces:
-    """Whole documents to either side, by a hash of (the first piece of) their text: copies of a document stay together."""
+    """Whole documents to either side, by a hash of the first piece of their text: copies stay together."""
     for document in documents:
         pieces = document.pieces()
         piece = next(pieces, "")
@@ -73,7 +73,8 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Tokenize the pieces and write a dataset folder; returns what its dataset.json says.
 
-    Memory is bounded by a few batches of text, whatever the size of the corpus. The `tokenizers` library runs one batch on all cores.
+    Memory is bounded by a few batches of text, whatever the size of the corpus. The `tokenizers` library runs one
+    batch on all cores.
 
     Args:
         shard_tokens: a shard that has reached this many ids is closed, and the next begun.
@@ -127,7 +128,7 @@ def write_dataset(
 
 
 def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raise FileExistsError unless the dataset folder can be written: it is new or empty, or a dataset that may be replaced."""
+    """Raise FileExistsError unless the folder is new or empty, or a dataset that may be replaced."""
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, wanted a folder for the dataset")
@@ -136,7 +137,9 @@ def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
     if not (folder / MANIFEST).is_file():
         raise FileExistsError(f"the folder {folder} exists and is not a fastlm dataset: choose another one")
     if not overwrite:
-        raise FileExistsError(f"{folder} has a dataset already: choose another folder, or say that it may be replaced (--overwrite)")
+        raise FileExistsError(
+            f"{folder} has a dataset already: choose another folder, or say that it may be replaced (--overwrite)"
+        )
 
 
 def _batches(pieces: SplitPieces) -> Iterator[list[tuple[str, str, bool]]]:

@@ -45,7 +45,16 @@ class ShardHeader:
     fingerprint: str
 
     def pack(self) -> bytes:
-        fields = (MAGIC, VERSION, self.dtype.itemsize, self.tokens, self.documents, self.text_bytes, self.vocab_size, self.eot)
+        fields = (
+            MAGIC,
+            VERSION,
+            self.dtype.itemsize,
+            self.tokens,
+            self.documents,
+            self.text_bytes,
+            self.vocab_size,
+            self.eot,
+        )
         return _HEADER.pack(*fields, bytes.fromhex(self.fingerprint)).ljust(HEADER_BYTES, b"\0")
 
 
@@ -72,7 +81,9 @@ def read_header(path: str | Path) -> ShardHeader:
     wanted = HEADER_BYTES + tokens * itemsize
     if size != wanted:
         what = "truncated" if size < wanted else "too long"
-        raise ValueError(f"{path} is {what}: {size:,} bytes, its header says {tokens:,} ids, which are {wanted:,} bytes")
+        raise ValueError(
+            f"{path} is {what}: {size:,} bytes, its header says {tokens:,} ids, which are {wanted:,} bytes"
+        )
     return ShardHeader(np.dtype(f"<u{itemsize}"), tokens, documents, text_bytes, vocab_size, eot, digest.hex())
 
 
@@ -87,7 +98,8 @@ def map_shard(path: str | Path) -> np.ndarray:
 class ShardWriter:
     """Writes one shard piece by piece, and gives it its name only when it is whole and on the disk.
 
-    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that name as it was.
+    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that
+        name as it was.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):

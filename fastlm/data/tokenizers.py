@@ -1,7 +1,8 @@
 """Tokenizers: one small interface over bytes, characters and BPE.
 
-A tokenizer maps text to a list of ids and back, has one end-of-text id that separates documents and is never produced by
-`encode`, and a fingerprint that is stored in every token file, so that a model is never fed with ids of another vocabulary.
+A tokenizer maps text to a list of ids and back, has one end-of-text id that separates documents and is never
+produced by `encode`, and a fingerprint that is stored in every token file, so that a model is never fed with ids of
+another vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SPEC_FILE = "fastlm_tokenizer.json"
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer can do. `eot` is the id of the end-of-text token (None where a loaded vocabulary has none)."""
+    """What every tokenizer can do. `eot` is the end-of-text id, None where a loaded vocabulary has none."""
 
     kind: str
     vocab_size: int
@@ -70,8 +71,9 @@ class Tokenizer(abc.ABC):
 class StreamDecoder:
     """Incremental decoding for any vocabulary.
 
-    The newest ids are decoded together with a few before them, and the text is held back while it ends in U+FFFD, that is, in the
-    middle of a character. Decoding a window and not the single id keeps the leading space that some decoders strip at the start.
+    The newest ids are decoded together with a few before them, and the text is held back while it ends in U+FFFD,
+    that is, in the middle of a character. Decoding a window and not the single id keeps the leading space that some
+    decoders strip at the start.
     """
 
     MAX_HELD = 8  # a UTF-8 character has at most four bytes: longer than this, U+FFFD is really meant
@@ -144,7 +146,7 @@ class CharTokenizer(Tokenizer):
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise ValueError("a character tokenizer needs at least one character, got none (is the text empty?)")
-        self.eot = len(self.characters)
+        self.eot: int = len(self.characters)
         self.vocab_size = len(self.characters) + 1
         # code point -> id; eot marks what is unknown, and the last row stands for every code point beyond the table
         self._table = np.full(ord(self.characters[-1]) + 2, self.eot, dtype=self.dtype)
@@ -172,7 +174,8 @@ class CharTokenizer(Tokenizer):
             position = int(unknown[0])
             raise ValueError(
                 f"character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not among the "
-                f"{len(self.characters)} characters this tokenizer was made from; a byte or BPE tokenizer encodes any text"
+                f"{len(self.characters)} characters this tokenizer was made from; "
+                "a byte or BPE tokenizer encodes any text"
             )
         return ids
 
@@ -186,8 +189,8 @@ class CharTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from what there is at `path`.
 
-    A folder saved by `Tokenizer.save`, a `tokenizer.json` of the Hugging Face library (or its folder), or a folder with GPT-2's
-    `vocab.json`/`encoder.json` and `merges.txt`/`vocab.bpe`.
+    A folder saved by `Tokenizer.save`, a `tokenizer.json` of the Hugging Face library (or its folder), or a folder
+    with GPT-2's `vocab.json`/`encoder.json` and `merges.txt`/`vocab.bpe`.
 
     Raises:
         FileNotFoundError: nothing of that kind is there.
@@ -208,12 +211,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if pair is not None:
         return BPETokenizer.from_gpt2_files(*pair)
     raise FileNotFoundError(
-        f"no tokenizer in {path}: wanted {SPEC_FILE}, tokenizer.json, or vocab.json/encoder.json with merges.txt/vocab.bpe"
+        f"no tokenizer in {path}: wanted {SPEC_FILE}, tokenizer.json, "
+        "or vocab.json/encoder.json with merges.txt/vocab.bpe"
     )
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """"bytes", or a path for `load_tokenizer`. (Characters and new BPE vocabularies are trained: `CharTokenizer.train`, `BPETokenizer.train`.)"""
+    """The tokenizer of bytes for "bytes", else what lies at the path (`load_tokenizer`)."""
     return ByteTokenizer() if name == "bytes" else load_tokenizer(name)
 
 

@@ -48,7 +48,8 @@ class ChoiceScore:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Questions from a JSONL file: "ctx" (a string), "endings" (two strings or more), "label" (the index of the right one).
+    """Questions from a JSONL file: "ctx" (a string), "endings" (two strings or more), "label" (the index of the
+    right one).
 
     Raises:
         ValueError: a line is not of that form; says which and why.
@@ -64,10 +65,13 @@ def read_questions(path: str | Path) -> list[Question]:
                 question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
                 valid = isinstance(question.context, str) and all(isinstance(e, str) and e for e in question.endings)
                 if not (valid and len(question.endings) >= 2 and 0 <= question.label < len(question.endings)):
-                    raise ValueError(f"ctx or endings are not strings, or label {row['label']!r} is not the index of an ending")
+                    raise ValueError(
+                        f"ctx or endings are not strings, or label {row['label']!r} is not the index of an ending"
+                    )
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(
-                    f'{path}:{number}: wanted {{"ctx": text, "endings": [text, text, …], "label": index}}: {type(e).__name__}: {e}'
+                    f'{path}:{number}: wanted {{"ctx": text, "endings": [text, text, …], "label": index}}: '
+                    f"{type(e).__name__}: {e}"
                 ) from None
             questions.append(question)
     if not questions:
@@ -136,9 +140,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, level: float = 0.
     return float(low), float(high)
 
 
-def _items(
-    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]
-) -> tuple[list[tuple[list[int], int]], int]:
+def _items(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], int]:
     """(ids, number of ending ids) of every ending of every question, cut on the left to what the model can read."""
     limit = model.config.block_size + 1  # the last id is only a target
     begin = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -148,7 +150,9 @@ def _items(
         for ending in question.endings:
             ending_ids = tokenizer.encode(" " + ending)
             if len(ending_ids) >= limit:
-                raise ValueError(f"an ending of {len(ending_ids)} tokens does not fit block_size={limit - 1}: {ending[:60]!r}…")
+                raise ValueError(
+                    f"an ending of {len(ending_ids)} tokens does not fit block_size={limit - 1}: {ending[:60]!r}…"
+                )
             ids = context + ending_ids
             shortened += len(ids) > limit
             items.append((ids[-limit:], len(ending_ids)))

@@ -76,12 +76,14 @@ def score_tokens(
 ) -> tuple[float, int]:
     """Sum of -ln p(token | the tokens before it) over the ids, and how many were scored.
 
-    A window of block_size tokens slides over the text by `stride`; of each window only the tokens are scored that no window before
-    it has scored. So every token is scored once, and all but those at the start have at least block_size - stride tokens before them.
+    A window of block_size tokens slides over the text by `stride`; of each window only the tokens are scored that no
+    window before it has scored. So every token is scored once, and all but those at the start have at least
+    block_size - stride tokens before them.
 
     Args:
         ids: 1-D.
-        first: an id put before the text (end of text), so that its first token is scored, too. None: the first token is not scored.
+        first: an id put before the text (end of text), so that its first token is scored, too. None: the first token
+            is not scored.
         stride: default block_size // 2. Smaller is slower and gives each token more context.
         batch_size: windows in one forward pass.
         precision: "fp32", or "bf16" for autocast.
@@ -93,7 +95,9 @@ def score_tokens(
     block_size = model.config.block_size
     stride = block_size // 2 or 1 if stride is None else stride
     if not 1 <= stride <= block_size:
-        raise ValueError(f"stride must be between 1 and block_size={block_size} so that no token is left out, got {stride}")
+        raise ValueError(
+            f"stride must be between 1 and block_size={block_size} so that no token is left out, got {stride}"
+        )
     sequence = np.asarray(ids).astype(np.int64)
     if first is not None:
         sequence = np.concatenate(([first], sequence))
@@ -119,7 +123,7 @@ def score_tokens(
 
 
 def _windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first target) of each window: inputs begin..end-1, targets begin+1..end, those before `first target` were scored."""
+    """(begin, end, first target): inputs begin..end-1, targets begin+1..end, of which the first new one is named."""
     last = length - 1  # the last position that is a target
     end = min(block_size, last)
     scored_to = 0
@@ -133,7 +137,7 @@ def _windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, i
 def _window_batches(
     sequence: np.ndarray, block_size: int, stride: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches x, y (B, T): all windows have the same length, since a shorter text than block_size is only one window."""
+    """Batches x, y (B, T). All windows are equally long: a text shorter than block_size is a single window."""
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
     for begin, end, first_target in _windows(len(sequence), block_size, stride):

@@ -5,7 +5,8 @@
         model/               GPT.save_pretrained(format="fastlm"): config.json, model.safetensors
         state.pt             optimizer, RNG of every device, data position, step, and the rest that exact resuming needs
         checkpoint.json      step, validation loss, and the size of every file; written last
-A checkpoint is written under a temporary name, every file and folder is flushed to the disk, and only then it gets its name.
+A checkpoint is written under a temporary name, every file and folder is flushed to the disk, and only then it gets
+its name.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Checkpoint:
 
 
 def find_checkpoints(folder: str | Path) -> list[Checkpoint]:
-    """The checkpoints in a `checkpoints` folder by step; what an interrupted save left under a temporary name is not among them."""
+    """The whole checkpoints in a `checkpoints` folder, by step; the leftovers of an interrupted save are none."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -91,7 +92,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise FileNotFoundError(f"the checkpoint {path} is incomplete: {name} is missing")
         got = (path / name).stat().st_size
         if got != size:
-            raise ValueError(f"the checkpoint {path} is damaged: {name} has {got:,} bytes, it was written with {size:,}")
+            raise ValueError(
+                f"the checkpoint {path} is damaged: {name} has {got:,} bytes, it was written with {size:,}"
+            )
     return Checkpoint(path, step, val_loss)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a run: dataclasses, filled from TOML and from `section.key=value` overrides, checked before any time is lost."""
+"""The settings of a run: dataclasses, filled from TOML and `section.key=value` overrides, checked at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -109,9 +109,7 @@ class RunConfig:
         _one_of("training.precision", t.precision, PRECISIONS)
         _one_of("training.schedule", t.schedule, SCHEDULES)
         _one_of("data.order", self.data.order, ORDERS)
-        for name, value in (("steps", t.steps), ("batch_size", t.batch_size), ("grad_accum", t.grad_accum)):
-            _at_least(f"training.{name}", value, 1)
-        for name, value in (
+        for name, least_zero in (
             ("training.warmup_steps", t.warmup_steps),
             ("training.grad_clip", t.grad_clip),
             ("evaluation.every", e.every),
@@ -120,24 +118,27 @@ class RunConfig:
             ("checkpoint.every", c.every),
             ("optimizer.weight_decay", o.weight_decay),
         ):
-            _at_least(name, value, 0)
-        for name, value in (
+            _at_least(name, least_zero, 0)
+        for name, least_one in (
+            ("training.steps", t.steps),
+            ("training.batch_size", t.batch_size),
+            ("training.grad_accum", t.grad_accum),
             ("evaluation.windows", e.windows),
             ("evaluation.sample_tokens", e.sample_tokens),
             ("checkpoint.keep_last", c.keep_last),
         ):
-            _at_least(name, value, 1)
-        for name, value in (("training.lr", t.lr), ("optimizer.eps", o.eps)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in (
+            _at_least(name, least_one, 1)
+        for name, number in (("training.lr", t.lr), ("optimizer.eps", o.eps)):
+            if not number > 0:
+                raise ValueError(f"{name} must be positive, got {number}")
+        for name, part in (
             ("training.min_lr_ratio", t.min_lr_ratio),
             ("training.decay_fraction", t.decay_fraction),
             ("optimizer.beta1", o.beta1),
             ("optimizer.beta2", o.beta2),
         ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+            if not 0 <= part <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {part}")
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -147,7 +148,8 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not TOML, an unknown section or key (the nearest known one is named), a wrong type, or a value out of range.
+        ValueError: not TOML, an unknown section or key (the nearest known one is named), a wrong type, or a value
+            out of range.
     """
     tables: dict[str, Any] = {}
     if path is not None:
@@ -203,7 +205,11 @@ def config_to_toml(config: RunConfig) -> str:
     """The whole config as TOML, every default written out."""
     lines: list[str] = []
     for name, table in dataclasses.asdict(config).items():
-        lines += [f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None), ""]
+        lines += [
+            f"[{name}]",
+            *(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense peak of the device in FLOP/s at "bf16" or "fp32"; None for a device that is not in the table (every CPU among them)."""
+    """Dense peak in FLOP/s at "bf16" or "fp32"; None for a device that is not in the table (every CPU among them)."""
     if device.type != "cuda":
         return None
     return peak_flops_of(torch.cuda.get_device_name(device), precision)

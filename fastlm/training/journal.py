@@ -15,7 +15,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, *, keep_until_step: int | None = None):
-        """Open for appending. `keep_until_step`: first drop the records after that step, which a resumed run writes anew."""
+        """Open for appending; `keep_until_step` first drops the records after that step (a resumed run)."""
         self.path = Path(path)
         if keep_until_step is not None and self.path.is_file():
             _truncate(self.path, keep_until_step)

@@ -11,7 +11,7 @@ from fastlm.training.config import OptimizerConfig
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that want gradients, once each: those with two or more dimensions decayed; biases and norm weights not."""
+    """The parameters that want gradients: those with two or more dimensions decayed; biases and norm weights not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+
 from fastlm.training.journal import read_journal
 
 
 def plot_losses(
-    journal: str | Path, picture: str | Path, *, title: str = "", bytes_per_token: float | None = None, gzip_bits: float | None = None
+    journal: str | Path,
+    picture: str | Path,
+    *,
+    title: str = "",
+    bytes_per_token: float | None = None,
+    gzip_bits: float | None = None,
 ) -> None:
     """Draw training and validation loss over the steps from a log.jsonl into a PNG.
 
@@ -39,7 +46,9 @@ def plot_losses(
     )
     if bytes_per_token:
         scale = math.log(2) * bytes_per_token  # nats a token = bits a byte * scale
-        second = axes.secondary_yaxis("right", functions=(lambda nats: nats / scale, lambda bits: bits * scale))
+        second = axes.secondary_yaxis(
+            "right", functions=(lambda nats: np.divide(nats, scale), lambda bits: np.multiply(bits, scale))
+        )
         second.set_ylabel("bits per byte")
         if gzip_bits is not None:
             label = f"gzip -9: {gzip_bits:.2f} bits per byte"

@@ -1,11 +1,11 @@
 """A run and its folder: start one, or go on with one.
 
-    run/
-      config.toml          every setting, defaults included
-      tokenizer/
-      log.jsonl            one line a step, an evaluation, a sample, a checkpoint
-      checkpoints/         fastlm/training/checkpoint.py
-      loss.png
+run/
+  config.toml          every setting, defaults included
+  tokenizer/
+  log.jsonl            one line a step, an evaluation, a sample, a checkpoint
+  checkpoints/         fastlm/training/checkpoint.py
+  loss.png
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     """Go on with a run from its newest checkpoint, as if it had never stopped.
 
     Args:
-        overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the run that was
+        overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the
+            run that was
             never stopped, on the same machine and with the same number of threads.
 
     Raises:
@@ -76,7 +77,9 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     config = load_config(run / CONFIG, overrides)
     checkpoints = find_checkpoints(run / "checkpoints")
     if not checkpoints:
-        raise FileNotFoundError(f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew")
+        raise FileNotFoundError(
+            f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew"
+        )
     checkpoint = checkpoints[-1]
     if checkpoint.step >= config.training.steps:
         raise ValueError(
@@ -115,7 +118,9 @@ def check_free(run: Path) -> None:
     if run.is_file():
         raise FileExistsError(f"{run} is a file, wanted a folder for the run")
     if (run / CONFIG).exists():
-        raise FileExistsError(f"{run} has a run already: choose another folder, or go on with it (fastlm train --resume {run})")
+        raise FileExistsError(
+            f"{run} has a run already: choose another folder, or go on with it (fastlm train --resume {run})"
+        )
     if run.is_dir() and any(p.name != "data" for p in run.iterdir()):
         raise FileExistsError(f"the folder {run} is not empty: choose another one for the run")
 
@@ -125,7 +130,9 @@ def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
     fields: dict[str, Any] = dict(config.model)
     vocab_size = fields.setdefault("vocab_size", tokenizer.vocab_size)
     if vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}")
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
     preset = fields.pop("preset", None)
     return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
 
@@ -160,7 +167,9 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     return {
         "fastlm": fastlm.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "precision": trainer.precision,
         "parameters": trainer.model.num_parameters(),
         "flops_per_token": trainer.flops_per_token,

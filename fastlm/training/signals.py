@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager: while it is active, the first signal is noted in `received`; a second one acts as it always does."""
+    """Context manager: the first signal is noted in `received`; a second one acts as it always does."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -42,7 +42,8 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains a model on windows of text; everything that must survive a crash is in its `state_dict` and in the checkpoint.
+    """Trains a model on windows of text; everything that must survive a crash is in its `state_dict` and in the
+    checkpoint.
 
     Args:
         model: on its device already.
@@ -85,7 +86,8 @@ class Trainer:
         self._saved_at: int | None = None
 
     def fit(self) -> TrainResult:
-        """Train until the last step, an early stop, or a signal; a checkpoint of the end is on the disk when this returns.
+        """Train until the last step, an early stop, or a signal; a checkpoint of the end is on the disk when this
+        returns.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
@@ -220,9 +222,14 @@ class Trainer:
 
     def _stop_non_finite(self, position: int) -> None:
         self.writer.wait()
-        last = "there is no checkpoint before it" if self._saved_at is None else f"the checkpoint before it is of step {self._saved_at}"
+        last = (
+            "there is no checkpoint before it"
+            if self._saved_at is None
+            else f"the checkpoint before it is of step {self._saved_at}"
+        )
         raise NonFiniteLossError(
-            f"step {self.step + 1}: loss {self.train_loss}, gradient norm {self.grad_norm}, lr {self.lr:g}, at data position {position} "
+            f"step {self.step + 1}: loss {self.train_loss}, gradient norm {self.grad_norm}, lr {self.lr:g}, "
+            f"at data position {position} "
             f"(windows since the start); {last}. A lower training.lr or a longer training.warmup_steps often helps."
         )
 
@@ -231,7 +238,13 @@ class Trainer:
         mfu = None if self.peak_flops is None else speed * self.flops_per_token / self.peak_flops
         assert self.train_loss is not None
         self._log(
-            "step", loss=self.train_loss, lr=self.lr, grad_norm=self.grad_norm, tokens=tokens, tokens_per_second=speed, mfu=mfu
+            "step",
+            loss=self.train_loss,
+            lr=self.lr,
+            grad_norm=self.grad_norm,
+            tokens=tokens,
+            tokens_per_second=speed,
+            mfu=mfu,
         )
         self.display.step(self.step, self.train_loss, tokens)
 
@@ -276,7 +289,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """"fp32" or "bf16" for a config's precision on a device."""
+    """ "fp32" or "bf16" for a config's precision on a device."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return name
