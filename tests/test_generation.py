@@ -8,7 +8,15 @@ import torch
 import fastlm
 from fastlm.generation import KVCache, RaggedCache
 
-TINY = {"vocab_size": 53, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.3, "tie_embeddings": False}
+TINY = {
+    "vocab_size": 53,
+    "block_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 32,
+    "init_std": 0.3,
+    "tie_embeddings": False,
+}
 LLAMA = {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2}
 VARIANTS = {
     "gpt2": {},

@@ -140,12 +140,16 @@ def test_dropout_only_in_training():
     torch.testing.assert_close(model(idx)[0], textbook_gpt.logits(model, idx), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {**LLAMA, "n_kv_head": 2}, {"position": "alibi"}], ids=["gpt2", "llama", "alibi"])
+@pytest.mark.parametrize(
+    "changes", [{}, {**LLAMA, "n_kv_head": 2}, {"position": "alibi"}], ids=["gpt2", "llama", "alibi"]
+)
 def test_autocast(changes):
     """Products in bf16, the residual stream and the loss in fp32; gradients as near as bf16 lets them be."""
     model, idx, targets = tiny(**changes), tokens(), tokens(seed=2)
     seen: list[torch.dtype] = []
-    model.norm.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["residual"].dtype), with_kwargs=True)
+    model.norm.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["residual"].dtype), with_kwargs=True
+    )
     exact = model(idx, targets)[1]
     exact.backward()
     wanted = {key: p.grad for key, p in model.named_parameters()}
@@ -260,7 +264,11 @@ def test_a_model_learns():
         (lambda m: m(torch.tensor([[0, -1]])), ValueError, "token id -1; this model knows 0 to 60"),
         (lambda m: m(tokens(), tokens()[:, 1:]), ValueError, r"idx's shape \(2, 24\), got \(2, 23\)"),
         (lambda m: m(tokens(), tokens() * 0 + 61), IndexError, "61"),
-        (lambda m: m(tokens(), cu_seqlens=torch.tensor([0, 24])), ValueError, r"shape \(1, T\) and no cache; got \(2, 24\)"),
+        (
+            lambda m: m(tokens(), cu_seqlens=torch.tensor([0, 24])),
+            ValueError,
+            r"shape \(1, T\) and no cache; got \(2, 24\)",
+        ),
         (
             lambda m: m(tokens(1, 30), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32), max_seqlen=30),
             ValueError,

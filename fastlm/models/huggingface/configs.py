@@ -212,7 +212,7 @@ def _to_gpt2(config: GPTConfig) -> Fields:
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        "n_inner": config.mlp_size,
+        "n_inner": config.intermediate_size,
         "activation_function": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
@@ -233,7 +233,6 @@ def _to_llama(config: GPTConfig, kind: str) -> Fields:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
@@ -242,6 +241,8 @@ def _to_llama(config: GPTConfig, kind: str) -> Fields:
         "rope_theta": config.rope_theta,
         "rope_scaling": _to_rope_scaling(config.rope_scaling),
     }
+    if config.head_dim is not None:
+        fields["head_dim"] = config.head_dim
     if kind == "llama":
         fields |= {"attention_bias": config.has_bias("attention"), "mlp_bias": config.has_bias("mlp")}
     else:

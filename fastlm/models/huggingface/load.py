@@ -141,8 +141,8 @@ def _files(folder: Path) -> list[Path]:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             raise ValueError(
-                f"{folder} has its weights in pickle files only ({', '.join(pickles[:3])}); reading one runs the code in "
-                "it, so fastlm does not. Convert them where you trust them: "
+                f"{folder} has its weights in pickle files only ({', '.join(pickles[:3])}); to read one is to run the "
+                "code in it, so fastlm does not. Convert them where you trust them: "
                 "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds: {_names(folder)}")

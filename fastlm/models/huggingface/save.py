@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,7 +80,10 @@ def save_pretrained(
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({entry: get() for entry, _, get in shard}, new / name, metadata={"format": "pt"})
+            try:
+                save_file({entry: get() for entry, _, get in shard}, new / name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder} is unchanged: {name} could not be written: {error}") from None
             sync(new / name)
             weight_map |= {entry: name for entry, _, _ in shard}
         if len(shards) > 1:
