@@ -59,12 +59,15 @@ def prepare_files(
     return write_dataset(pieces(report), out, tokenizer, overwrite=options.overwrite, progress=progress, about=about)
 
 
+FEW_DOCUMENTS = 100  # fewer than this, and a tenth of them may by chance be none
+
+
 def split_documents(documents: Iterable[Document], val_fraction: float) -> SplitPieces:
-    """A single document is split at its end, several are split by document."""
+    """Few documents: the end of each one is held out. Many: whole documents are."""
     stream = iter(documents)
-    head = list(itertools.islice(stream, 2))
-    if len(head) == 1:
-        return split_tail(head[0], val_fraction)
+    head = list(itertools.islice(stream, FEW_DOCUMENTS))
+    if len(head) < FEW_DOCUMENTS:
+        return itertools.chain.from_iterable(split_tail(document, val_fraction) for document in head)
     return split_by_document(itertools.chain(head, stream), val_fraction)
 
 

@@ -44,7 +44,7 @@ def split_by_document(documents: Iterable[Document], val_fraction: float) -> Spl
 
 
 def split_tail(document: Document, val_fraction: float) -> SplitPieces:
-    """One document: its last `val_fraction` of characters is the validation text (nanoGPT's split)."""
+    """One document: its last `val_fraction` of characters is for validation (nanoGPT's split)."""
     total = sum(len(piece) for piece in document.pieces())
     left = int(total * (1 - val_fraction))  # characters still to go to train
     if left == total:

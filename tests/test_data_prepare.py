@@ -1,0 +1,297 @@
+"""Shards, documents, `prepare`, and the standard library's corpus."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlm.data import ByteTokenizer, Document, TokenData, dataset_tokenizer, load_tokenizer, stdlib_documents
+from fastlm.data import documents as documents_module
+from fastlm.data.documents import ReadReport, find_files, read_documents
+from fastlm.data.pipeline import PrepareOptions, prepare_files
+from fastlm.data.prepare import split_by_document, split_tail, write_dataset
+from fastlm.data.shards import HEADER_BYTES, ShardWriter, map_shard, read_header
+from tests.test_data_tokenizers import small_bpe
+
+
+def write_shard(path: Path, documents: list[str]) -> None:
+    tokenizer = ByteTokenizer()
+    with ShardWriter(path, tokenizer) as writer:
+        for text in documents:
+            writer.write(tokenizer.encode_batch([text])[0], len(text.encode()))
+            writer.end_document()
+
+
+def all_ids(folder: Path, split: str) -> np.ndarray:
+    return np.concatenate(TokenData.open(folder, split).arrays)
+
+
+class TestShards:
+    def test_what_is_written_is_read(self, tmp_path: Path) -> None:
+        write_shard(tmp_path / "a.tokens", ["ab", "c"])
+        header = read_header(tmp_path / "a.tokens")
+        assert (header.tokens, header.documents, header.text_bytes) == (5, 2, 3)
+        assert (header.vocab_size, header.eot) == (257, 256)
+        assert header.fingerprint == ByteTokenizer().fingerprint
+        assert map_shard(tmp_path / "a.tokens").tolist() == [97, 98, 256, 99, 256]
+
+    @pytest.mark.parametrize("cut", [3, HEADER_BYTES - 1, HEADER_BYTES + 3])
+    def test_a_truncated_shard_is_refused(self, tmp_path: Path, cut: int) -> None:
+        write_shard(tmp_path / "a.tokens", ["abc"])
+        os.truncate(tmp_path / "a.tokens", cut)
+        with pytest.raises(ValueError, match=r"a\.tokens is (not a fastlm token shard|truncated)"):
+            map_shard(tmp_path / "a.tokens")
+
+    def test_a_foreign_or_newer_or_longer_file_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tokens"
+        path.write_bytes(bytes(1000))
+        with pytest.raises(ValueError, match="not a fastlm token shard"):
+            map_shard(path)
+        write_shard(path, ["abc"])
+        raw = bytearray(path.read_bytes())
+        path.write_bytes(raw + b"xx")
+        with pytest.raises(ValueError, match="too long"):
+            map_shard(path)
+        raw[8] = 2
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="version 2"):
+            map_shard(path)
+
+    def test_a_crash_before_the_rename_leaves_the_old_shard(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.tokens"
+        write_shard(path, ["old"])
+        before = path.read_bytes()
+
+        def crash(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            write_shard(path, ["new"])
+        assert path.read_bytes() == before
+
+    def test_an_error_while_writing_leaves_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError), ShardWriter(tmp_path / "a.tokens", ByteTokenizer()):
+            raise RuntimeError("disk")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDocuments:
+    def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(self, tmp_path: Path) -> None:
+        for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden/d.txt", ".e.txt", "f.py"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        names = [p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path], "*.txt")]
+        assert names == ["a.txt", "b.txt", "sub/c.txt"]
+
+    def test_missing_inputs_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            find_files([tmp_path / "nowhere"])
+        with pytest.raises(FileNotFoundError, match=r"no file that matches '\*\.md'"):
+            find_files([tmp_path], "*.md")
+
+    def test_texts_jsonl_and_gzip(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"one\r\ntwo")
+        with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as f:
+            f.write("zipped")
+        lines = [json.dumps({"text": "x"}), "", json.dumps({"text": ""}), json.dumps({"text": "y", "n": 1})]
+        (tmp_path / "c.jsonl").write_text("\n".join(lines))
+        (tmp_path / "d.bin").write_bytes(b"\0\1")
+        (tmp_path / "e.txt").write_text("")
+        report = ReadReport()
+        texts = [d.read() for d in read_documents(find_files([tmp_path]), report=report)]
+        assert texts == ["one\r\ntwo", "zipped", "x", "y"]
+        assert (report.binary_files, report.empty) == (1, 2)
+
+    def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
+        path = tmp_path / "latin.txt"
+        path.write_bytes("café au lait".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text: byte 0xe9"):
+            list(read_documents([path]))
+        report = ReadReport()
+        assert list(read_documents([path], on_bad_text="skip", report=report)) == []
+        assert report.undecodable == 1
+        assert next(read_documents([path], on_bad_text="replace")).read() == "caf\ufffd au lait"
+        with pytest.raises(ValueError, match="ignore"):
+            list(read_documents([path], on_bad_text="ignore"))
+
+    @pytest.mark.parametrize("line", ['{"content": "x"}', '{"text": 3}', "[1]", "{"])
+    def test_a_bad_jsonl_line_is_named(self, tmp_path: Path, line: str) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
+        with pytest.raises(ValueError, match=r"a\.jsonl:2"):
+            list(read_documents([tmp_path / "a.jsonl"]))
+
+    def test_a_long_file_in_pieces_has_the_ids_of_the_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = "".join(f"line {i} of  text\n{'    ' * (i % 3)}{'' if i % 5 else chr(10)}" for i in range(300))
+        (tmp_path / "a.txt").write_text(text)
+        monkeypatch.setattr(documents_module, "PIECE_CHARS", 200)
+        document = next(read_documents([tmp_path / "a.txt"]))
+        pieces = list(document.pieces())
+        assert len(pieces) > 10
+        assert "".join(pieces) == text
+        tokenizer = small_bpe(400)
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+    def test_a_long_line_is_cut_somewhere_in_the_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.txt").write_text("x" * 10_000)
+        monkeypatch.setattr(documents_module, "PIECE_CHARS", 100)
+        pieces = list(next(read_documents([tmp_path / "a.txt"])).pieces())
+        assert "".join(pieces) == "x" * 10_000
+        assert max(map(len, pieces)) <= 1600
+
+
+class TestSplits:
+    @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+    def test_tail_is_nanogpts_split(self, fraction: float) -> None:
+        text = "".join(chr(97 + i % 26) for i in range(1003))
+        document = Document("d", lambda: iter([text[:100], text[100:950], text[950:]]))
+        parts = {"train": "", "val": ""}
+        ends = 0
+        for split, piece, end in split_tail(document, fraction):
+            parts[split] += piece
+            ends += end
+        cut = int(len(text) * (1 - fraction))
+        assert (parts["train"], parts["val"]) == (text[:cut], text[cut:])
+        assert ends == (1 if fraction == 0 else 2)
+
+    def test_by_document_keeps_copies_together(self) -> None:
+        texts = [f"document {i}" for i in range(400)]
+        documents = [Document.from_text(str(i), t) for i, t in enumerate(texts + texts)]
+        split = {"train": [], "val": []}
+        for name, piece, _ in split_by_document(documents, 0.2):
+            split[name].append(piece)
+        assert not set(split["train"]) & set(split["val"])
+        assert 100 < len(split["val"]) < 220
+
+
+class TestPrepare:
+    def test_a_dataset_holds_the_text(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        texts = [f"text number {i}\n" * 10 for i in range(5)]
+        for i, text in enumerate(texts):
+            (tmp_path / "in" / f"{i}.txt").write_text(text)
+        done: list[int] = []
+        files = find_files([tmp_path / "in"])
+        manifest = prepare_files(files, tmp_path / "out", PrepareOptions(val=0.25), progress=done.append)
+        tokenizer = dataset_tokenizer(tmp_path / "out")
+        documents = {
+            split: tokenizer.decode(i for i in all_ids(tmp_path / "out", split) if i != 256)
+            for split in ("train", "val")
+        }
+        assert documents["train"] == "".join(t[: int(len(t) * 0.75)] for t in texts)
+        assert documents["val"] == "".join(t[int(len(t) * 0.75) :] for t in texts)
+        assert manifest["splits"]["train"]["documents"] == manifest["splits"]["val"]["documents"] == 5
+        assert sum(done) == sum(len(t.encode()) for t in texts)
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+    def test_many_shards_are_one_text(self, tmp_path: Path) -> None:
+        pieces = [("train", f"document {i} ", True) for i in range(50)]
+        write_dataset(iter(pieces), tmp_path / "d", ByteTokenizer(), shard_tokens=100)
+        data = TokenData.open(tmp_path / "d")
+        assert len(data.arrays) > 3
+        assert data.documents == 50
+        assert ByteTokenizer().decode(np.concatenate(data.arrays).tolist()) == "".join(t for _, t, _ in pieces)
+
+    def test_characters_and_bpe_are_trained_and_validation_text_may_be_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "train.txt").write_text("abcabcabc " * 50)
+        (tmp_path / "val.txt").write_text("xyz" * 50)
+        for kind in ("chars", "bpe"):
+            options = PrepareOptions(kind, vocab_size=260)
+            prepare_files([tmp_path / "train.txt"], tmp_path / kind, options, val_files=[tmp_path / "val.txt"])
+            tokenizer = load_tokenizer(tmp_path / kind / "tokenizer")
+            assert tokenizer.decode(all_ids(tmp_path / kind, "val")[:-1].tolist()) == "xyz" * 50
+        assert load_tokenizer(tmp_path / "bpe" / "tokenizer").encode("xyz") == [
+            load_tokenizer(tmp_path / "bpe" / "tokenizer").encode(c)[0] for c in "xyz"
+        ]  # no merge was learned from the validation text
+
+    def test_nothing_is_overwritten_silently(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20)
+        files = [tmp_path / "a.txt"]
+        prepare_files(files, tmp_path / "d", PrepareOptions())
+        with pytest.raises(FileExistsError, match="has a dataset already"):
+            prepare_files(files, tmp_path / "d", PrepareOptions())
+        prepare_files(files, tmp_path / "d", PrepareOptions("chars", overwrite=True))
+        assert read_header(tmp_path / "d" / "train-00000.tokens").vocab_size < 20
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "precious").write_text("x")
+        with pytest.raises(FileExistsError, match="not a fastlm dataset"):
+            prepare_files(files, tmp_path / "other", PrepareOptions(overwrite=True))
+        with pytest.raises(FileExistsError, match="is a file"):
+            prepare_files(files, tmp_path / "a.txt", PrepareOptions())
+
+    def test_a_failure_leaves_the_old_dataset_and_no_rubbish(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20)
+        prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
+        before = (tmp_path / "d" / "train-00000.tokens").read_bytes()
+        (tmp_path / "b.txt").write_bytes(b"fine " * 1000 + b"\xff")
+        with pytest.raises(ValueError, match="UTF-8"):
+            prepare_files([tmp_path / "b.txt"], tmp_path / "d", PrepareOptions(overwrite=True))
+        assert (tmp_path / "d" / "train-00000.tokens").read_bytes() == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt", "d"]
+
+    def test_bad_options_and_empty_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("")
+        with pytest.raises(ValueError, match="no text"):
+            prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
+        with pytest.raises(ValueError, match=r"val must be .* got 1.5"):
+            prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions(val=1.5))
+        assert not (tmp_path / "d").exists()
+
+    def test_a_damaged_dataset_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20)
+        folder = tmp_path / "d"
+        prepare_files([tmp_path / "a.txt"], folder, PrepareOptions())
+        with pytest.raises(ValueError, match="no split 'test', it has: train, val"):
+            TokenData.open(folder, "test")
+        with pytest.raises(FileNotFoundError, match="not a fastlm dataset"):
+            TokenData.open(tmp_path)
+        manifest = json.loads((folder / "dataset.json").read_text())
+        manifest["tokenizer"] = "0" * 64
+        (folder / "dataset.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="another tokenizer"):
+            TokenData.open(folder)
+        with pytest.raises(ValueError, match="not the one its shards were made with"):
+            dataset_tokenizer(folder)
+        (folder / "dataset.json").write_text("{")
+        with pytest.raises(ValueError, match="damaged"):
+            TokenData.open(folder)
+
+    def test_tinyshakespeare_with_gpt2(self, data: Path, tmp_path: Path) -> None:
+        options = PrepareOptions(str(data / "gpt2"))
+        splits = prepare_files([data / "text" / "tinyshakespeare.txt"], tmp_path / "d", options)["splits"]
+        tokens = {name: counts["tokens"] - counts["documents"] for name, counts in splits.items()}
+        assert tokens == {"train": 301_966, "val": 36_059}
+
+
+class TestStandardLibrary:
+    def test_every_file_is_on_one_side_and_the_cap_moves_none(self) -> None:
+        train, val = stdlib_documents(400_000)
+        more_train, more_val = stdlib_documents(800_000)
+        names = [{d.name for d in part} for part in (train, val, more_train, more_val)]
+        assert names[0] <= names[2] and names[1] <= names[3]
+        assert not names[2] & names[3]
+        assert len(train) > 10 and len(more_val) > 0
+        size = sum(len(d.read().encode()) for d in train + val)
+        assert 400_000 <= size < 1_200_000
+
+    def test_copies_tests_and_other_packages_are_left_out(self, tmp_path: Path) -> None:
+        for name in ("a.py", "copy.py", "b.py", "site-packages/c.py", "test/d.py", "__pycache__/e.py", "pkg/f.py"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("same" if name in ("a.py", "copy.py") else name)
+        (tmp_path / "bad.py").write_bytes(b"# caf\xe9")
+        (tmp_path / "latin.py").write_bytes("# coding: latin-1\n# café".encode("latin-1"))
+        train, val = stdlib_documents(root=tmp_path)
+        assert sorted(d.name for d in train + val) == ["a.py", "b.py", "latin.py", "pkg/f.py"]
+
+    def test_a_python_without_sources_says_so(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="--data"):
+            stdlib_documents(root=tmp_path)
