@@ -273,15 +273,22 @@ class TestPrepare:
 
 
 class TestStandardLibrary:
-    def test_every_file_is_on_one_side_and_the_cap_moves_none(self) -> None:
+    def test_this_python_has_one(self) -> None:
         train, val = stdlib_documents(400_000)
-        more_train, more_val = stdlib_documents(800_000)
-        names = [{d.name for d in part} for part in (train, val, more_train, more_val)]
-        assert names[0] <= names[2] and names[1] <= names[3]
-        assert not names[2] & names[3]
-        assert len(train) > 10 and len(more_val) > 0
-        size = sum(len(d.read().encode()) for d in train + val)
-        assert 400_000 <= size < 1_200_000
+        names = {d.name for d in train}, {d.name for d in val}
+        assert len(names[0]) > 10
+        assert not names[0] & names[1]
+        assert 400_000 <= sum(len(d.read().encode()) for d in train + val) < 1_200_000
+
+    def test_the_cap_moves_no_file_to_the_other_side(self, tmp_path: Path) -> None:
+        for i in range(300):
+            (tmp_path / f"m{i}.py").write_text(f"x = {i}\n" * 10)
+        small, large, whole = (stdlib_documents(n, root=tmp_path) for n in (8_000, 16_000, None))
+        for side in (0, 1):
+            few, more, every = ({d.name for d in part[side]} for part in (small, large, whole))
+            assert few < more < every
+        assert len(whole[0]) + len(whole[1]) == 300
+        assert 5 <= len(whole[1]) <= 40
 
     def test_copies_tests_and_other_packages_are_left_out(self, tmp_path: Path) -> None:
         for name in ("a.py", "copy.py", "b.py", "site-packages/c.py", "test/d.py", "__pycache__/e.py", "pkg/f.py"):

@@ -25,7 +25,7 @@ from fastlm.training.config import RunConfig, config_to_toml, load_config
 from fastlm.training.journal import Journal
 from fastlm.training.plot import plot_losses
 from fastlm.training.progress import Display, make_display
-from fastlm.training.trackers import make_trackers
+from fastlm.training.trackers import check_installed, make_trackers
 from fastlm.training.trainer import Trainer, TrainResult, resolve_device
 
 CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
@@ -40,6 +40,7 @@ def start_run(config: RunConfig, run: str | Path, *, display: Display | None = N
     """
     run = Path(run)
     check_free(run)
+    check_installed(config.logging)
     torch.manual_seed(config.training.seed)
     train, val, tokenizer = _open_data(config)
     model_config = make_model_config(config, tokenizer)
@@ -75,6 +76,7 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
     config = load_config(run / CONFIG, overrides)
+    check_installed(config.logging)
     checkpoints = find_checkpoints(run / "checkpoints")
     if not checkpoints:
         raise FileNotFoundError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +18,15 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_installed(config: LoggingConfig) -> None:
+    """ValueError where the package of an adapter that the config asks for is not installed."""
+    for name in ("tensorboard", "wandb", "trackio"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"logging.{name} needs the package {name}: pip install {name}")
+
+
 def make_trackers(config: LoggingConfig, run: Path, settings: dict[str, Any]) -> list[Tracker]:
-    """The adapters that the config asks for; ValueError where the package of one is not installed."""
+    """The adapters that the config asks for; `check_installed` has found their packages."""
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(_TensorBoard(run))
@@ -29,10 +38,8 @@ def make_trackers(config: LoggingConfig, run: Path, settings: dict[str, Any]) ->
 
 class _TensorBoard:
     def __init__(self, run: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("logging.tensorboard needs the package tensorboard: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -45,12 +52,7 @@ class _TensorBoard:
 
 class _WandbLike:
     def __init__(self, package: str, project: str, run: Path, settings: dict[str, Any]):
-        import importlib
-
-        try:
-            self._module: Any = importlib.import_module(package)
-        except ImportError:
-            raise ValueError(f"logging.{package} needs the package {package}: pip install {package}") from None
+        self._module: Any = importlib.import_module(package)
         self._module.init(project=project, name=run.name, config=settings)
 
     def log(self, step: int, values: dict[str, float]) -> None:
