@@ -39,7 +39,6 @@ class NinjaFile:
         libraries = []
         if self.toolkit:
             libraries = [str(self.toolkit.static_runtime), "-lrt", "-lpthread", "-ldl"]
-            libraries += ["-Wl,--exclude-libs,libcudart_static.a"]
         self._edge(self.module, "link", self.objects, {"libraries": _quote(libraries)})
         path = self.folder / "build.ninja"
         _write_if_changed(path, "\n".join(self.lines) + "\n")
@@ -63,19 +62,19 @@ class NinjaFile:
         sources = [s for s in sorted(self.csrc.rglob("*.cpp")) if "emulator" not in s.relative_to(self.csrc).parts]
         if self.toolkit:
             sources.remove(self.csrc / "no_cuda.cpp")
+        for source in sources:
+            if not toolchain.instruction_sets_of(source):
+                self._object(source, "cxx", "", self._flags_of(source))
         for isa, isa_flags in toolchain.instruction_sets().items():
             for source in sources:
-                per_isa = toolchain.is_per_isa(source)
-                if not per_isa and isa != "baseline":
-                    continue
-                flags = list(isa_flags)
-                if per_isa:
-                    flags += [f"-DFASTLM_ISA={isa}", f"-DFASTLM_ISA_IS_{isa.upper()}"]
-                if source.name == "bindings.cpp":
-                    flags += self._python_flags()
-                if source.name == "build_info.cpp":
-                    flags += ["-I", str(self.folder)]
-                self._object(source, "cxx", f".{isa}" if per_isa else "", flags)
+                if isa in toolchain.instruction_sets_of(source):
+                    defines = [f"-DFASTLM_ISA={isa}", f"-DFASTLM_ISA_IS_{isa.upper()}"]
+                    self._object(source, "cxx", f".{isa}", [*isa_flags, *defines])
+
+    def _flags_of(self, source: Path) -> list[str]:
+        if source.name == "bindings.cpp":
+            return self._python_flags()
+        return ["-I", str(self.folder)] if source.name == "build_info.cpp" else []
 
     def _cuda_objects(self, toolkit: cuda.Toolkit) -> None:
         """A file named *_sm90.cu holds code for sm_90a alone and is compiled for nothing else."""

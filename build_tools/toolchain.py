@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,8 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
-    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
 ]
 
 # csrc/common/cpu.cpp checks for exactly these features before it picks a set.
@@ -70,16 +70,19 @@ def instruction_sets() -> dict[str, list[str]]:
     return _X86_64 if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
 
 
-def is_per_isa(source: Path) -> bool:
-    """Whether a .cpp is compiled once per instruction set: it includes common/simd.h or common/isa.h."""
-    return re.search(r'^#include "common/(simd|isa)\.h"', source.read_text(encoding="utf-8"), re.MULTILINE) is not None
+def instruction_sets_of(source: Path) -> list[str]:
+    """The sets that a .cpp is compiled for; none: it is compiled once, as it is (csrc/common/isa.h)."""
+    text = source.read_text(encoding="utf-8")
+    if "FASTLM_DISPATCH_BF16(" in text:
+        return list(instruction_sets())
+    return [isa for isa in instruction_sets() if isa != "avx512_bf16"] if "FASTLM_DISPATCH(" in text else []
 
 
 def link_flags() -> list[str]:
-    """No OpenMP library: csrc/common/parallel.cpp binds to the one that torch loads."""
+    """Exports PyInit__C alone. No OpenMP library: csrc/common/parallel.cpp binds to the one that torch loads."""
     if sys.platform == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup"]
-    return ["-shared", "-Wl,--gc-sections"]
+        return ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__C"]
+    return ["-shared", f"-Wl,--version-script={Path(__file__).resolve().parent / 'exports.txt'}"]
 
 
 def environment_flags(*names: str) -> list[str]:
