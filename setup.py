@@ -93,7 +93,7 @@ def run_ninja(folder: Path) -> None:
         raise toolchain.BuildError("compiling csrc/ failed; the messages above say where") from None
 
 
-class one_build_at_a_time:  # noqa: N801
+class one_build_at_a_time:
     """A lock on the build folder: two builds of one tree would write the same files."""
 
     def __init__(self, folder: Path):

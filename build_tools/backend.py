@@ -1,4 +1,4 @@
-"""The PEP 517 build backend: setuptools', and NVIDIA's compiler as a build requirement where it is wanted and missing."""
+"""The PEP 517 build backend: setuptools', with NVIDIA's compiler as a requirement where it is wanted and missing."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from toolchain import BuildError
 # generic target that no newer GPU leaves out, and it brings nothing that sm_90a's own machine code would need.
 DEFAULT_ARCHS = ["80", "90a", "90+PTX"]
 
-# The oldest toolkit of CUDA 13: a driver reads PTX of its own version and older, so this PTX runs on every driver that runs CUDA 13.
+# The oldest toolkit of CUDA 13: a driver reads PTX of its own version and older, so this PTX runs on every driver that
+# runs CUDA 13.
 COMPILER_WHEELS = [
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-nvvm==13.0.*",
@@ -85,22 +86,35 @@ def find_nvcc() -> Path | None:
     return None
 
 
-def driver_visible() -> bool:
-    """Whether this machine has an NVIDIA driver."""
-    if any(Path(p).exists() for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version")):
-        return True
+def driver_version() -> int | None:
+    """The CUDA version that this machine's NVIDIA driver runs, as 1000 major + 10 minor; 0: it does not say; None: no driver."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    return True
+        visible = any(Path(p).exists() for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version"))
+        return 0 if visible else None
+    version = ctypes.c_int(0)
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+
+
+def _driver_too_old() -> str:
+    """Why the wheels are of no use here; empty where they are."""
+    version = driver_version()
+    if not version or version >= 13000:
+        return ""
+    return (
+        f"this machine's driver runs CUDA {version // 1000}.{version % 1000 // 10}, and NVIDIA's compiler comes as wheels "
+        "from CUDA 13 on: update the driver (580 or newer), or install the CUDA 12 toolkit and set CUDA_HOME"
+    )
 
 
 def required_wheels() -> list[str]:
     """NVIDIA's compiler, where CUDA is wanted (by FASTLM_CUDA=1, or by a driver) and no nvcc is there."""
     if setting() == "0" or find_nvcc() is not None or not sys.platform.startswith("linux"):
         return []
-    return COMPILER_WHEELS if setting() == "1" or driver_visible() else []
+    if setting() == "1":
+        return COMPILER_WHEELS
+    return COMPILER_WHEELS if driver_version() is not None and not _driver_too_old() else []
 
 
 def find_toolkit() -> tuple[Toolkit | None, str]:
@@ -111,7 +125,8 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
     if nvcc is None:
         if setting() == "1":
             raise BuildError(f"FASTLM_CUDA=1, and no nvcc in CUDA_HOME, CUDA_PATH, PATH or a wheel: {HOW_TO_INSTALL}")
-        return None, "no nvcc was found"
+        too_old = _driver_too_old()
+        return None, f"no nvcc was found; {too_old}" if too_old else "no nvcc was found"
     try:
         return _toolkit(nvcc), ""
     except BuildError as error:
@@ -123,7 +138,9 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
 def _toolkit(nvcc: Path) -> Toolkit:
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True)
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{nvcc} does not run: {error}") from None
     version = re.search(r"release ([\d.]+)", text)
