@@ -9,7 +9,10 @@
 #include "common/cpu.h"
 #include "common/error.h"
 #include "common/parallel.h"
+#include "common/vector_math.h"
+#include "cross_entropy/cross_entropy.h"
 #include "layer_norm/layer_norm.h"
+#include "mlp/mlp.h"
 #include "optimizer/adamw.h"
 
 namespace py = pybind11;
@@ -60,6 +63,42 @@ void layer_norm_backward(bool on_cuda, Address dy, Address dh_in, Address h, Add
   on_cuda ? layer_norm_backward_cuda(p, sms, at<void>(stream)) : layer_norm_backward_cpu(p);
 }
 
+Activation activation(int64_t code) {
+  if (code < 0 || code > 6) throw std::invalid_argument("activation code " + std::to_string(code) + "; wanted 0 to 6");
+  return static_cast<Activation>(code);
+}
+
+void activation_forward(Address pre, Address bias, Address hidden, int64_t rows, int64_t cols, int act, int type) {
+  const ActivationForward p{at<void>(pre), at<void>(bias), at<void>(hidden), rows, cols, activation(act), dtype(type)};
+  py::gil_scoped_release release;
+  activation_forward_cpu(p);
+}
+
+void activation_backward(Address pre, Address dhidden, Address dpre, Address hidden, Address dbias, Address workspace,
+                         int64_t rows, int64_t cols, int act, int type) {
+  const ActivationBackward p{at<void>(pre),   at<void>(dhidden),    at<void>(dpre), at<void>(hidden),
+                             at<void>(dbias), at<float>(workspace), rows,           cols,
+                             activation(act), dtype(type)};
+  py::gil_scoped_release release;
+  activation_backward_cpu(p);
+}
+
+void cross_entropy_block(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
+                         int64_t cols, float label_smoothing, float z_loss, float softcap, float scale, bool gradient,
+                         int type) {
+  const CrossEntropyBlock p{at<void>(logits), at<int64_t>(targets), at<float>(loss), at<float>(lse), at<float>(dloss),
+                            rows,             cols,                 label_smoothing, z_loss,         softcap,
+                            scale,            gradient,             dtype(type)};
+  py::gil_scoped_release release;
+  cross_entropy_block_cpu(p);
+}
+
+// `function`: the code of a VectorFunction; n floats from `in` to `out`.
+void vector_math(int64_t function, Address in, Address out, int64_t n) {
+  if (function < 0 || function > 4) throw std::invalid_argument("wanted a function from 0 to 4, got " + std::to_string(function));
+  vector_math_cpu(static_cast<VectorFunction>(function), at<float>(in), at<float>(out), n);
+}
+
 // `table`: nine int64 a tensor, in the order of AdamWTensor: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, shadow
 // (addresses), numel, param's dtype code, grad's. Any contiguous buffer of int64: array.array("q"), a NumPy array.
 void adamw_step(const py::buffer& table, double lr, double beta1, double beta2, double eps, double weight_decay,
@@ -102,6 +141,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
   m.def("layer_norm_backward", &layer_norm_backward);
+  m.def("activation_forward", &activation_forward);
+  m.def("activation_backward", &activation_backward);
+  m.def("activation_backward_workspace", &activation_backward_workspace_cpu);
+  m.def("cross_entropy_block", &cross_entropy_block);
   m.def("adamw_step", &adamw_step);
 
   m.def("build_info", &build_info_dict, "What was built: version, git_commit, compiler, cpu_isas, cuda, cuda_archs, cuda_reason.");
@@ -109,5 +152,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features);
   m.def("cpu_isas", &supported_isas, "The instruction sets of this build that the processor can run.");
   m.def("cpu_isa", [] { return cpu_isa_name(cpu_isa()); }, "The instruction set in use (FASTLM_CPU_ISA forces one).");
+  m.def("vector_math", &vector_math, "simd_math.h on an array, for the tests.");
   m.def("max_threads", &max_threads, "The threads that a CPU kernel may use: torch.get_num_threads().");
 }

@@ -4,7 +4,9 @@
 //
 //   load(p), store(p, v)            Vec::size elements, any alignment
 //   load_n(p, n), store_n(p, v, n)  the first n < Vec::size elements; load_n fills the rest with zeros
-//   set1, + - * /, fma(a, b, c) = a * b + c, sqrt, max, sum(v) in a fixed order
+//   set1, + - * /, fma(a, b, c) = a * b + c, sqrt, abs, copysign(a, sign), sum(v) in a fixed order
+//   max(a, b) = a > b ? a : b,  min(a, b) = a < b ? a : b: b where either is NaN
+//   if_less(a, b, yes, no) = a < b ? yes : no,  ldexp(a, n) = a * 2^n for a whole number n, |n| < 250
 //
 // The operations compute the same on every instruction set but for fma, which rounds twice where there is none
 // (baseline x86-64), and sum, whose order follows the width.
@@ -38,7 +40,7 @@ struct Whole {
   void store(T* p, Vec a) const {
     FASTLM_ISA::store(p, a);
   }
-  Vec keep(Vec a) const { return a; }
+  Vec keep(Vec a, Vec = zero()) const { return a; }
 };
 struct Rest {
   int64_t n;
@@ -50,8 +52,9 @@ struct Rest {
   void store(T* p, Vec a) const {
     store_n(p, a, n);
   }
-  Vec keep(Vec a) const {  // zero past the end
-    float lanes[Vec::size] = {};
+  Vec keep(Vec a, Vec past = zero()) const {  // `past` in the lanes past the end
+    float lanes[Vec::size];
+    FASTLM_ISA::store(lanes, past);
     store_n(lanes, a, n);
     return FASTLM_ISA::load(lanes);
   }

@@ -4,6 +4,7 @@
 namespace fastlm::FASTLM_ISA {
 
 typedef float float4 __attribute__((vector_size(16)));
+typedef int32_t int4 __attribute__((vector_size(16)));
 
 struct Vec {
   static constexpr int64_t size = 4;
@@ -16,6 +17,15 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec abs(Vec a) { return {(float4)((int4)a.v & 0x7fffffff)}; }
+inline Vec copysign(Vec a, Vec sign) { return {(float4)(((int4)a.v & 0x7fffffff) | ((int4)sign.v & ~0x7fffffff))}; }
+inline Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return {a.v < b.v ? yes.v : no.v}; }
+// In two steps, each by a normal power of two: the result may be subnormal or infinite.
+inline Vec ldexp(Vec a, Vec n) {
+  const int4 whole = __builtin_convertvector(n.v, int4), half = whole >> 1;
+  return {a.v * (float4)((half + 127) << 23) * (float4)((whole - half + 127) << 23)};
+}
 
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__)

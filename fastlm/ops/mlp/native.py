@@ -1,0 +1,219 @@
+"""The MLP block on the CPU: matrix products by PyTorch's library, and between them one pass of the C++ kernel.
+
+The rows go through in blocks, so that what is needed for a moment only (the activation, its gradient) is a workspace of
+bounded size, used again and again.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import native
+from fastlm.ops.checks import autocast_off
+from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
+from fastlm.ops.native import DTYPE_CODE, pointer
+from fastlm.ops.workspace import borrowed
+
+CODE = {name: i for i, name in enumerate(ACTIVATIONS)}  # csrc/mlp/mlp.h
+
+# Bytes of a block of the pre-activation: 2,730 rows of GPT-2's MLP. Smaller blocks would not pay: each one's matrix
+# products read all the weights.
+BLOCK_BYTES = 32 << 20
+
+
+def unsupported(x: Tensor, *rest: object) -> str | None:
+    if x.dtype not in DTYPE_CODE:
+        return f"its kernels are for float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+def linear_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    hidden = x.new_empty((*x.shape[:-1], _hidden_width(wide, activation)))
+    flat = hidden.view(len(rows), hidden.shape[-1])
+    pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
+    for block in _blocks(len(rows), wide * x.element_size()):
+        with _pre_activation(pre if keep else None, rows, wide, block) as block_pre:
+            _activate(rows[block], weight, bias, block_pre, flat[block], activation)
+    return hidden, pre
+
+
+def mlp_forward(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, wide = x.reshape(-1, x.shape[-1]), fc_weight.shape[0]
+    y = x.new_empty((*x.shape[:-1], proj_weight.shape[0]))
+    flat = y.view(len(rows), y.shape[-1])
+    pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
+    for block in _blocks(len(rows), wide * x.element_size()):
+        shape = (block.stop - block.start, proj_weight.shape[1])
+        with _pre_activation(pre if keep else None, rows, wide, block) as block_pre, borrowed(shape, x.dtype) as hidden:
+            _activate(rows[block], fc_weight, fc_bias, block_pre, hidden, activation)
+            with autocast_off(x):
+                if proj_bias is None:
+                    torch.mm(hidden, proj_weight.T, out=flat[block])
+                else:
+                    torch.addmm(proj_bias, hidden, proj_weight.T, out=flat[block])
+    return y, pre
+
+
+def linear_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dys, pres = dy.reshape(-1, dy.shape[-1]), pre.view(-1, weight.shape[0])
+    blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
+    gradients = _LinearGradients(x, weight, needs, len(blocks))
+    for block in blocks:
+        with borrowed(pres[block].shape, pre.dtype) as dpre, autocast_off(x):
+            dbias = _activate_backward(pres[block], dys[block].contiguous(), dpre, None, activation, needs[2])
+            gradients.add(block, dpre, dbias)
+    return gradients.dx, gradients.dweight.result(), gradients.dbias()
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    proj_weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dys, pres = dy.reshape(-1, dy.shape[-1]), pre.view(-1, fc_weight.shape[0])
+    blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
+    fc = _LinearGradients(x, fc_weight, needs[:3], len(blocks))
+    dproj_weight = _Sum(proj_weight, needs[3], len(blocks))
+    gated = activation in GATED
+    for block in blocks:
+        narrow, block_pre = (block.stop - block.start, proj_weight.shape[1]), pres[block]
+        with (
+            borrowed(narrow, pre.dtype) as dhidden,
+            borrowed(narrow, pre.dtype) as hidden,
+            borrowed(block_pre.shape, pre.dtype) if gated else nullcontext(dhidden) as dpre,
+            autocast_off(x),
+        ):
+            torch.mm(dys[block], proj_weight, out=dhidden)
+            dbias = _activate_backward(block_pre, dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
+            dproj_weight.add(dys[block], hidden)
+            fc.add(block, dpre, dbias)
+    dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
+    return fc.dx, fc.dweight.result(), fc.dbias(), dproj_weight.result(), dproj_bias
+
+
+def _blocks(rows: int, row_bytes: int) -> list[slice]:
+    """About equal blocks of rows, of at most BLOCK_BYTES."""
+    most = max(16, BLOCK_BYTES // max(row_bytes, 1))
+    step = -(-rows // -(-rows // most)) if rows else 1
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _hidden_width(pre_width: int, activation: str) -> int:
+    return pre_width // 2 if activation in GATED else pre_width
+
+
+def _pre_activation(pre: Tensor | None, rows: Tensor, width: int, block: slice) -> AbstractContextManager[Tensor]:
+    """Where a block's pre-activation goes: into `pre`, or into a workspace where it is not kept."""
+    if pre is not None:
+        return nullcontext(pre.view(-1, width)[block])
+    return borrowed((block.stop - block.start, width), rows.dtype)
+
+
+def _activate(rows: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, hidden: Tensor, activation: str) -> None:
+    """pre = rows @ weight.T + bias, hidden = act(pre)."""
+    with autocast_off(rows):
+        if bias is None or rows.dtype == torch.float32:
+            torch.mm(rows, weight.T, out=pre)
+            bias = None if bias is None else bias.contiguous()  # the kernel adds it on its way
+        else:  # in half precision before the product is rounded
+            torch.addmm(bias, rows, weight.T, out=pre)
+            bias = None
+    native.C.activation_forward(
+        pre.data_ptr(), pointer(bias), hidden.data_ptr(), *hidden.shape, CODE[activation], DTYPE_CODE[pre.dtype]
+    )
+
+
+def _activate_backward(
+    pre: Tensor, dhidden: Tensor, dpre: Tensor, hidden: Tensor | None, activation: str, needs_dbias: bool
+) -> Tensor | None:
+    """dpre from dhidden, and into `hidden` the activation once more; the result is dbias."""
+    rows, width = pre.shape
+    dbias = workspace = None
+    if needs_dbias:
+        dbias = pre.new_empty(width)
+        workspace = pre.new_empty(native.C.activation_backward_workspace(rows, width), dtype=torch.float32)
+    native.C.activation_backward(
+        pre.data_ptr(),
+        dhidden.data_ptr(),
+        dpre.data_ptr(),
+        pointer(hidden),
+        pointer(dbias),
+        pointer(workspace),
+        *dhidden.shape,
+        CODE[activation],
+        DTYPE_CODE[pre.dtype],
+    )
+    return dbias
+
+
+class _Sum:
+    """The sum over the blocks of a.T @ b: written at once where there is one block, else kept in float32."""
+
+    def __init__(self, like: Tensor, wanted: bool, blocks: int) -> None:
+        self.wanted, self.first, self.dtype = wanted, True, like.dtype
+        dtype = like.dtype if blocks == 1 else torch.float32
+        make = torch.empty if blocks else torch.zeros
+        self.total = make(like.shape if wanted else (0,), dtype=dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if not self.wanted:
+            return
+        if self.total.dtype != a.dtype:
+            product = a.T @ b
+            self.total.copy_(product) if self.first else self.total.add_(product)
+        elif self.first:
+            torch.mm(a.T, b, out=self.total)
+        else:
+            self.total.addmm_(a.T, b)
+        self.first = False
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
+class _LinearGradients:
+    """dx, dweight and dbias of pre = x @ weight.T + bias, from the blocks of dpre; empty where nobody asks."""
+
+    def __init__(self, x: Tensor, weight: Tensor, needs: list[bool], blocks: int) -> None:
+        self.needs_dx, _, self.needs_dbias = needs
+        self.x, self.weight = x.reshape(-1, x.shape[-1]), weight
+        self.dx = x.new_empty(x.shape if self.needs_dx else 0)
+        self.dweight = _Sum(weight, needs[1], blocks)
+        self.dbiases: list[Tensor] = []
+
+    def add(self, block: slice, dpre: Tensor, dbias: Tensor | None) -> None:
+        if self.needs_dx:
+            torch.mm(dpre, self.weight, out=self.dx.view(self.x.shape)[block])
+        self.dweight.add(dpre, self.x[block])
+        if dbias is not None:
+            self.dbiases.append(dbias)
+
+    def dbias(self) -> Tensor:
+        if not self.needs_dbias:
+            return self.weight.new_empty(0)
+        if len(self.dbiases) == 1:
+            return self.dbiases[0]
+        total = self.weight.new_zeros(self.weight.shape[0], dtype=torch.float32)
+        for part in self.dbiases:
+            total += part
+        return total.to(self.weight.dtype)
