@@ -43,10 +43,12 @@ class LaunchError : public std::runtime_error {
 struct LaunchConfig {
   dim3 grid, block;
   size_t shared = 0;
+  dim3 cluster = {1, 1, 1};
+  bool programmatic = false;  // may begin before the kernel in front of it has ended
 };
 
 // Runs the grid to its end. Throws LaunchError at the first mistake, with file, line, thread and seed.
-void launch_threads(const LaunchConfig& config, const char* name, const std::function<void()>& thread);
+void launch_threads(const LaunchConfig& config, const std::function<void()>& thread);
 
 // ---- shared_memory.cpp
 void* dynamic_shared(size_t alignment, Site site);

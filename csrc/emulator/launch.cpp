@@ -2,6 +2,7 @@
 #include <mutex>
 
 #include "emulator/cuda.h"
+#include "emulator/grid_dependency.h"
 #include "emulator/sanitizer.h"
 #include "emulator/scheduler.h"
 
@@ -37,11 +38,14 @@ void run_thread() {
   acquire(&grid->begun);
   (*grid->thread)();
   begin_ignoring();
+  check_no_stores_at_exit();
+  check_no_wgmma_at_exit();
   release(&grid->ended);
   current->fiber.finished = true;
   current->warp->live &= ~(1u << current->lane);
   current->block->live--;
   thread_leaves_barriers(*current->block);
+  thread_leaves_cluster(*current->block->cluster);
   thread_ended();
 }
 
@@ -52,15 +56,16 @@ Thread* new_thread() {
   return t;
 }
 
-void start_block(Block& block, uint64_t index) {
-  const dim3 g = grid->config.grid, b = grid->config.block;
-  block.index = {static_cast<unsigned>(index % g.x), static_cast<unsigned>(index / g.x % g.y),
-                 static_cast<unsigned>(index / g.x / g.y)};
+void start_block(Block& block, uint3 index) {
+  const dim3 b = grid->config.block;
+  block.index = index;
   const unsigned threads = b.x * b.y * b.z;
   block.live = static_cast<int>(threads);
   block.shared.reset(grid->config.shared);
   for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier();
-  block.warps.assign((threads + 31) / 32, Warp());
+  block.mbarriers = Mbarriers();
+  block.registers = RegisterPool();
+  block.warps = std::vector<Warp>((threads + 31) / 32);
   block.threads.clear();
   for (unsigned i = 0; i < threads; i++) {
     Thread* t = new_thread();
@@ -75,6 +80,7 @@ void start_block(Block& block, uint64_t index) {
     t->warp->block = &block;
     t->warp->index = static_cast<int>(i / 32);
     t->warp->live |= 1u << t->lane;
+    t->warp->registers = initial_registers(static_cast<int>(threads));
     prepare(t->fiber, run_thread, i);
     block.threads.push_back(t);
     enlist(t);
@@ -84,11 +90,20 @@ void start_block(Block& block, uint64_t index) {
 void start_cluster() {
   Cluster* cluster = pool.clusters.empty() ? new Cluster : pool.clusters.back();
   if (!pool.clusters.empty()) pool.clusters.pop_back();
+  cluster->barrier = ClusterBarrier();
+  const dim3 g = grid->config.grid, c = grid->config.cluster;
+  const unsigned blocks = c.x * c.y * c.z;
+  while (cluster->blocks.size() < blocks) cluster->blocks.push_back(std::make_unique<Block>());
+  cluster->blocks.resize(blocks);
   const uint64_t index = grid->order[grid->started++];
-  if (cluster->blocks.empty()) cluster->blocks.push_back(std::make_unique<Block>());
-  cluster->live_blocks = 1;
-  cluster->blocks[0]->cluster = cluster;
-  start_block(*cluster->blocks[0], index);
+  const unsigned across = g.x / c.x, down = g.y / c.y;
+  const unsigned x = index % across * c.x, y = index / across % down * c.y, z = static_cast<unsigned>(index / across / down) * c.z;
+  for (unsigned rank = 0; rank < blocks; rank++) {
+    Block& block = *cluster->blocks[rank];
+    block.cluster = cluster;
+    block.rank = static_cast<int>(rank);
+    start_block(block, {x + rank % c.x, y + rank / c.x % c.y, z + rank / c.x / c.y});
+  }
   grid->resident.push_back(cluster);
 }
 
@@ -114,7 +129,9 @@ std::string retire_ended() {
       continue;
     }
     for (auto& block : cluster->blocks) {
-      const std::string wrong = block->shared.overwritten();
+      const char* diverged = diverged_warpgroup(*block);
+      std::string wrong = diverged != nullptr ? diverged : block->shared.overwritten();
+      if (wrong.empty()) wrong = under_way(*block);
       if (!wrong.empty()) {
         return wrong + " [block (" + std::to_string(block->index.x) + ", " + std::to_string(block->index.y) + ", " +
                std::to_string(block->index.z) + "), schedule " + describe_schedule() + "]";
@@ -145,6 +162,11 @@ void check(const LaunchConfig& c) {
   if (c.grid.x > 2147483647u || c.grid.y > 65535 || c.grid.z > 65535) {
     throw LaunchError("invalid configuration: a grid has at most 2147483647 x 65535 x 65535 blocks");
   }
+  const dim3 k = c.cluster;
+  if (k.x == 0 || k.y == 0 || k.z == 0 || k.x * k.y * k.z > 8) throw LaunchError("invalid configuration: a cluster has 1 to 8 blocks");
+  if (c.grid.x % k.x != 0 || c.grid.y % k.y != 0 || c.grid.z % k.z != 0) {
+    throw LaunchError("invalid configuration: the grid is not made of whole clusters");
+  }
   if (c.shared > kSharedLimit) throw LaunchError("invalid configuration: a block has at most 232448 bytes of shared memory");
 }
 
@@ -161,7 +183,7 @@ void abandon() {
 
 }  // namespace
 
-void launch_threads(const LaunchConfig& config, const char*, const std::function<void()>& thread) {
+void launch_threads(const LaunchConfig& config, const std::function<void()>& thread) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Ignored ignored;
@@ -174,16 +196,19 @@ void launch_threads(const LaunchConfig& config, const char*, const std::function
   gridDim = config.grid;
   blockDim = config.block;
   begin_schedule(options, [] { return grid->started < grid->order.size() && grid->resident.size() < grid->limit; });
-  g.order.resize(uint64_t{config.grid.x} * config.grid.y * config.grid.z);
+  const dim3 c = config.cluster;
+  g.order.resize(uint64_t{config.grid.x / c.x} * (config.grid.y / c.y) * (config.grid.z / c.z));
   for (size_t i = 0; i < g.order.size(); i++) g.order[i] = i;
   g.limit = static_cast<size_t>(options.resident);
   if (random_schedule()) {
     for (size_t i = g.order.size(); i > 1; i--) std::swap(g.order[i - 1], g.order[random_source().below(i)]);
     g.at_a_time = std::min<size_t>(g.limit, 1 + random_source().below(4));
   }
+  begin_grid_dependency(config.programmatic);
   release(&g.begun);
   try {
     run_grid();
+    if (missing_grid_dependency() != nullptr) throw LaunchError(missing_grid_dependency());
   } catch (...) {
     abandon();
     throw;

@@ -16,8 +16,10 @@ Thread* current = nullptr;
 namespace {
 
 struct Event {
-  Block* block;
+  const Block* into;
+  Site site;
   std::function<void()> run;
+  uint3 thread, block;   // whose instruction it was, for error messages
   char happened_before;  // ThreadSanitizer's tag
 };
 
@@ -56,18 +58,27 @@ void pause_with(Pause pause) {
   if (current != nullptr) go(nullptr);
 }
 
+void run_as_nobody(Event& event) {
+  if (!tsan()) return event.run();
+  void* self = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(s.event_fiber, kNoSynchronisation);
+  begin_ignoring();
+  acquire(&event.happened_before);
+  event.run();
+  end_ignoring();
+  __tsan_switch_to_fiber(self, kNoSynchronisation);
+}
+
 void run_event(size_t i) {
   std::unique_ptr<Event> event = std::move(s.events[i]);
   s.events.erase(s.events.begin() + static_cast<std::ptrdiff_t>(i));
   note_progress();
-  if (!tsan()) return event->run();
-  void* self = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(s.event_fiber, kNoSynchronisation);
-  begin_ignoring();
-  acquire(&event->happened_before);
-  event->run();
-  end_ignoring();
-  __tsan_switch_to_fiber(self, kNoSynchronisation);
+  const uint3 thread = threadIdx, block = blockIdx;
+  threadIdx = event->thread;
+  blockIdx = event->block;
+  run_as_nobody(*event);
+  threadIdx = thread;
+  blockIdx = block;
 }
 
 Thread* take_ready() {
@@ -187,9 +198,18 @@ void poll() {
 
 void note_progress() { s.progress++; }
 
-void defer(Block* block, std::function<void()> event) {
-  s.events.push_back(std::make_unique<Event>(Event{block, std::move(event), 0}));
+void defer(Block* into, Site site, std::function<void()> event) {
+  s.events.push_back(std::make_unique<Event>(Event{into, site, std::move(event), threadIdx, blockIdx, 0}));
   release(&s.events.back()->happened_before);
+}
+
+std::string under_way(const Block& block) {
+  for (const auto& e : s.events) {
+    if (e->into != &block) continue;
+    return "the block ends before an asynchronous copy into its shared memory, begun at " + std::string(e->site.file) + ":" +
+           std::to_string(e->site.line);
+  }
+  return "";
 }
 
 void begin_schedule(const Options& options, std::function<bool()> more_blocks) {

@@ -23,9 +23,10 @@ void yield();    // lets others run
 void preempt();  // lets others run, sometimes, in the random schedule
 void poll();     // lets others run until something has changed: called in a loop that waits for memory
 
-// An event of the block's: runs later, outside every thread, and makes what it changed known. It happens after
-// everything that the current thread did before.
-void defer(Block* block, std::function<void()> event);
+// An event: runs later, outside every thread. It happens after everything that the current thread did before. `into`: the
+// block whose shared memory it will change, which must not end before it; null: none.
+void defer(Block* into, Site site, std::function<void()> event);
+std::string under_way(const Block& block);  // a message where the block ends before such an event, else empty
 void note_progress();  // memory or a barrier changed, so polling threads may look again
 
 Random& random_source();

@@ -98,4 +98,30 @@ void* static_shared(const void* tag, size_t bytes, size_t alignment, Site site) 
   return shared.data + shared.allocate(bytes, alignment, tag);
 }
 
+uint32_t shared_address(const void* p, Site site) {
+  const SharedMemory& shared = current->block->shared;
+  if (!shared.holds(p)) fail(site, "the address of %p as shared memory: it is not in the block's shared memory", p);
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - shared.data);
+}
+
+SharedPlace shared_place(uint32_t address, size_t bytes, size_t alignment, const char* instruction, Site site) {
+  Block* block = current->block;
+  const uint32_t rank = address >> kRankShift, offset = address & ((1u << kRankShift) - 1);
+  if (rank > 0) {
+    if (rank > block->cluster->blocks.size()) fail(site, "%s: 0x%x is no shared address of this cluster", instruction, address);
+    block = block->cluster->blocks[rank - 1].get();
+    if (block != current->block && block->cluster->barrier.completed == 0) {
+      fail(site, "%s: another block's shared memory before the first cluster barrier: that block may not have started", instruction);
+    }
+    if (block->live == 0) fail(site, "%s: shared memory of block %u of the cluster, which has exited", instruction, rank - 1);
+  }
+  if (offset % alignment != 0) {
+    fail(site, "%s: the shared address 0x%x is not aligned to %zu bytes", instruction, offset, alignment);
+  }
+  if (!block->shared.inside_allocation(offset, bytes)) {
+    fail(site, "%s: the shared addresses 0x%x to 0x%zx are outside every allocation", instruction, offset, offset + bytes);
+  }
+  return {block, offset, block->shared.data + offset};
+}
+
 }  // namespace fastlm::emulator

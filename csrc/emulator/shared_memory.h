@@ -8,7 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "emulator/site.h"
+
 namespace fastlm::emulator {
+
+struct Block;
 
 constexpr unsigned char kPoison = 0xff;
 constexpr size_t kArena = 256 * 1024;
@@ -36,5 +40,18 @@ struct SharedMemory {
   // A message where a guard byte was overwritten, else empty.
   std::string overwritten() const;
 };
+
+// A pointer into the current block's shared memory as a 32-bit shared address.
+uint32_t shared_address(const void* p, Site site);
+
+// A shared address of an instruction: the block that it is in, and the bytes there. An address in another block of the
+// cluster (shared::cluster) has that block's rank + 1 in its top byte. Fails where it is misaligned or outside every allocation.
+struct SharedPlace {
+  Block* block;
+  uint32_t offset;
+  unsigned char* data;
+};
+SharedPlace shared_place(uint32_t address, size_t bytes, size_t alignment, const char* instruction, Site site);
+constexpr int kRankShift = 24;
 
 }  // namespace fastlm::emulator

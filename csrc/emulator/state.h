@@ -9,12 +9,18 @@
 #include <vector>
 
 #include "emulator/barrier.h"
+#include "emulator/cluster.h"
+#include "emulator/cp_async.h"
 #include "emulator/fiber.h"
+#include "emulator/mbarrier.h"
 #include "emulator/memory.h"
 #include "emulator/options.h"
+#include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/site.h"
+#include "emulator/tma.h"
 #include "emulator/warp.h"
+#include "emulator/wgmma.h"
 
 namespace fastlm::emulator {
 
@@ -27,6 +33,8 @@ struct Warp {
   uint32_t live = 0;  // lanes that have not exited
   char synchronised = 0;  // ThreadSanitizer's tag of __syncwarp
   std::vector<Rendezvous> rendezvous;
+  Wgmma wgmma;
+  int registers = 0;  // that each of its threads may use
 };
 
 struct Thread {
@@ -39,6 +47,9 @@ struct Thread {
   const char* doing = "its own code";  // the last emulated instruction, and where it stands
   Site site;
   Fences fences;
+  CpAsyncQueue cp_async;
+  BulkGroups bulk;
+  int cluster_phase = -1;  // of the cluster barrier at which it has arrived; -1: none
 };
 
 struct Block {
@@ -50,11 +61,13 @@ struct Block {
   std::vector<Warp> warps;
   SharedMemory shared;
   NamedBarrier barriers[16];
+  Mbarriers mbarriers;
+  RegisterPool registers;
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
-  int live_blocks = 0;
+  ClusterBarrier barrier;
 };
 
 }  // namespace fastlm::emulator

@@ -9,8 +9,7 @@
 
 namespace fastlm::emulator {
 
-void with_warp(const char* instruction, uint32_t mask, void* argument, Site site,
-               const std::function<void(void* const (&)[32])>& work) {
+void with_warp(const char* instruction, uint32_t mask, void* argument, Site site, const WarpWork& work) {
   Warp& warp = *current->warp;
   const int lane = current->lane;
   enter(instruction, site);
@@ -48,7 +47,7 @@ void syncwarp(uint32_t mask, Site site) {
   Ignored ignored;
   char* tag = &current->warp->synchronised;
   release(tag);
-  with_warp("__syncwarp", mask, tag, site, [](void* const (&)[32]) {});
+  with_warp("__syncwarp", mask, tag, site, [](const LaneArguments&) {});
   acquire(tag);
 }
 
@@ -60,7 +59,7 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int argument, int 
     int argument;
   } lane{value, 0, argument};
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail(site, "a shuffle of width %d; wanted a power of two up to 32", width);
-  with_warp(kNames[static_cast<int>(kind)], mask, &lane, site, [&](void* const (&lanes)[32]) {
+  with_warp(kNames[static_cast<int>(kind)], mask, &lane, site, [&](const LaneArguments& lanes) {
     for (int i = 0; i < 32; i++) {
       if (lanes[i] == nullptr) continue;
       Lane& to = *static_cast<Lane*>(lanes[i]);
@@ -84,7 +83,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site) {
     bool in;
     uint32_t out;
   } lane{predicate, 0};
-  with_warp("a warp vote", mask, &lane, site, [](void* const (&lanes)[32]) {
+  with_warp("a warp vote", mask, &lane, site, [](const LaneArguments& lanes) {
     uint32_t votes = 0;
     for (int i = 0; i < 32; i++) votes |= (lanes[i] != nullptr && static_cast<Lane*>(lanes[i])->in ? 1u : 0u) << i;
     for (void* l : lanes) {
@@ -100,7 +99,7 @@ uint32_t match_any(uint32_t mask, uint64_t value, Site site) {
     uint64_t in;
     uint32_t out;
   } lane{value, 0};
-  with_warp("__match_any_sync", mask, &lane, site, [](void* const (&lanes)[32]) {
+  with_warp("__match_any_sync", mask, &lane, site, [](const LaneArguments& lanes) {
     for (void* a : lanes) {
       for (int i = 0; i < 32 && a != nullptr; i++) {
         if (lanes[i] != nullptr && static_cast<Lane*>(lanes[i])->in == static_cast<Lane*>(a)->in) {
@@ -128,7 +127,7 @@ uint32_t reduce(Reduction kind, uint32_t mask, uint32_t value, bool is_signed, S
       default: return a ^ b;
     }
   };
-  with_warp("a warp reduction", mask, &lane, site, [&](void* const (&lanes)[32]) {
+  with_warp("a warp reduction", mask, &lane, site, [&](const LaneArguments& lanes) {
     bool first = true;
     uint32_t sum = 0;
     for (void* l : lanes) {
@@ -149,7 +148,7 @@ bool elect_one(Site site) {
   Ignored ignored;
   const uint32_t live = current->warp->live;
   uint32_t elected = 0;
-  with_warp("elect.sync", live, &elected, site, [&](void* const (&lanes)[32]) {
+  with_warp("elect.sync", live, &elected, site, [&](const LaneArguments& lanes) {
     // Which lane is elected is not specified.
     uint32_t lane = static_cast<uint32_t>(__builtin_ctz(live));
     if (random_schedule()) {

@@ -15,6 +15,8 @@ struct Launch {
   dim3 block;
   size_t shared = 0;  // bytes of dynamic shared memory
   cudaStream_t stream = nullptr;
+  dim3 cluster = {1, 1, 1};   // sm_90: blocks that run together and share their shared memory
+  bool programmatic = false;  // sm_90: may begin early; the kernel waits by ptx::grid_dependency_wait()
 };
 
 [[noreturn]] inline void throw_launch_error(const char* kernel, const Launch& l, const std::string& error) {
@@ -38,14 +40,30 @@ void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Ar
                                  static_cast<int>(l.shared));
   }
   if (error == cudaSuccess) {
-    kernel<<<l.grid, l.block, l.shared, l.stream>>>(Parameters(std::forward<Arguments>(arguments))...);
-    error = cudaGetLastError();
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {l.cluster.x, l.cluster.y, l.cluster.z};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    const bool clusters = l.cluster.x * l.cluster.y * l.cluster.z > 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = l.grid;
+    config.blockDim = l.block;
+    config.dynamicSmemBytes = l.shared;
+    config.stream = l.stream;
+    config.attrs = attributes + (clusters ? 0 : 1);
+    config.numAttrs = (clusters ? 1 : 0) + (l.programmatic ? 1 : 0);
+    error = cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
   }
-  if (error != cudaSuccess) throw_launch_error(name, l, cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // taken: nobody else is to find it later
+    throw_launch_error(name, l, cudaGetErrorString(error));
+  }
 #else
   try {
     std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-    emulator::launch_threads({l.grid, l.block, l.shared}, name, [&] { std::apply(kernel, values); });
+    const emulator::LaunchConfig config{l.grid, l.block, l.shared, l.cluster, l.programmatic};
+    emulator::launch_threads(config, [&] { std::apply(kernel, values); });
   } catch (const emulator::LaunchError& error) {
     throw_launch_error(name, l, error.what());
   }
