@@ -87,7 +87,7 @@ def find_nvcc() -> Path | None:
 
 
 def driver_version() -> int | None:
-    """The CUDA version that this machine's NVIDIA driver runs, as 1000 major + 10 minor; 0: it does not say; None: no driver."""
+    """The CUDA version that the NVIDIA driver runs, as 1000 major + 10 minor; 0: it does not say; None: no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -103,8 +103,8 @@ def _driver_too_old() -> str:
     if not version or version >= 13000:
         return ""
     return (
-        f"this machine's driver runs CUDA {version // 1000}.{version % 1000 // 10}, and NVIDIA's compiler comes as wheels "
-        "from CUDA 13 on: update the driver (580 or newer), or install the CUDA 12 toolkit and set CUDA_HOME"
+        f"this machine's driver runs CUDA {version // 1000}.{version % 1000 // 10}, and NVIDIA's compiler comes as "
+        "wheels from CUDA 13 on: update the driver (580 or newer), or install the CUDA 12 toolkit and set CUDA_HOME"
     )
 
 

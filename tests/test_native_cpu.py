@@ -61,8 +61,8 @@ def test_threads_are_torchs(threads):
         assert _C.max_threads() == n
 
 
-# Run without torch (and so without OpenMP) in a process of its own, which is quick, since an instruction set is chosen once
-# a process. Adds a zero residual of 16 bits to float numbers: h is their conversion. And a norm and its gradients.
+# Run in a process of its own, since an instruction set is chosen once a process; without torch (and so without OpenMP),
+# which is quick. Adds a zero residual of 16 bits to float numbers: h is their conversion. And a norm and its gradients.
 SCRIPT = """
 import importlib.util, json, sys
 import numpy as np
