@@ -5,6 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
+#include "attention/attention.h"
 #include "common/build_info.h"
 #include "common/cpu.h"
 #include "common/error.h"
@@ -93,6 +96,40 @@ void cross_entropy_block(Address logits, Address targets, Address loss, Address 
   cross_entropy_block_cpu(p);
 }
 
+// Addresses: q, k, v, alibi_slopes, cu_seqlens, rng_state. Sizes: the strides (batch, row, head) of q, k and v, the batch
+// stride of alibi_slopes, the number of packed sequences, B, T, S, H, H_kv, D, window_left, window_right.
+AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 19>& size, float scale,
+                                 float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
+  const auto strides = [&](int i) { return Strides{size[i], size[i + 1], size[i + 2]}; };
+  return {at<void>(address[0]), at<void>(address[1]), at<void>(address[2]), strides(0), strides(3), strides(6),
+          at<float>(address[3]), size[9], at<int32_t>(address[4]), size[10], at<int64_t>(address[5]),
+          dropout_threshold, dropout_scale, size[11], size[12], size[13], size[14], size[15], size[16], size[17],
+          size[18], scale, softcap, dtype(type)};
+}
+
+void attention_forward(Address out, Address lse, const std::array<Address, 6>& address,
+                       const std::array<int64_t, 19>& size, float scale, float softcap, uint32_t dropout_threshold,
+                       float dropout_scale, int type) {
+  const AttentionInputs p =
+      attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
+  py::gil_scoped_release release;
+  attention_forward_cpu(p, at<void>(out), at<float>(lse));
+}
+
+// gradients: out, lse, dout, dlse, dq, dk, dv
+void attention_backward(const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
+                        const std::array<Address, 6>& address, const std::array<int64_t, 19>& size, float scale,
+                        float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
+  const AttentionInputs p =
+      attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
+  const AttentionGradients g{at<void>(gradients[0]), at<float>(gradients[1]),
+                             at<void>(gradients[2]), {dout_strides[0], dout_strides[1], dout_strides[2]},
+                             at<float>(gradients[3]), at<void>(gradients[4]),
+                             at<void>(gradients[5]), at<void>(gradients[6])};
+  py::gil_scoped_release release;
+  attention_backward_cpu(p, g);
+}
+
 // `function`: the code of a VectorFunction; n floats from `in` to `out`.
 void vector_math(int64_t function, Address in, Address out, int64_t n) {
   if (function < 0 || function > 4) throw std::invalid_argument("wanted a function from 0 to 4, got " + std::to_string(function));
@@ -145,6 +182,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_backward", &activation_backward);
   m.def("activation_backward_workspace", &activation_backward_workspace_cpu);
   m.def("cross_entropy_block", &cross_entropy_block);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   m.def("adamw_step", &adamw_step);
 
   m.def("build_info", &build_info_dict, "What was built: version, git_commit, compiler, cpu_isas, cuda, cuda_archs, cuda_reason.");

@@ -1,0 +1,191 @@
+// attention.h on the CPU, backward: the weights are computed again from q, k and lse (Dao: FlashAttention-2, arXiv:2307.08691).
+//
+//   delta_i = dout_i . out_i - dlse_i            dp[i, j] = keep[i, j] dout_i . v_j
+//   ds[i, j] = p[i, j] (dp[i, j] - delta_i)      dv_j = sum_i keep p dout_i,  dk_j = scale sum_i ds q_i,  dq_i = scale sum_j ds k_j
+//
+// A task is one head of k and v: it goes through the blocks of rows in order and adds to dk and dv, which nobody else
+// touches. Where there are few heads, the blocks are dealt out to several tasks, each with its own sums, which are added
+// in order at the end. How many follows from the shapes alone.
+#include <cstring>
+
+#include "attention/scores.h"
+#include "common/simd.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kWantedTasks = 16;
+constexpr int64_t kMostSharedFloats = 64 << 20;  // 256 MB for the sums of all tasks
+
+struct BackwardBuffers {
+  float *q, *q_transposed, *dout, *dout_transposed, *dq, *k, *v, *weights, *dscores, *keep, *slope, *lse, *delta, *dlse;
+  static int64_t floats(int64_t stride) {
+    return 5 * kRows * stride + 2 * kColumns * stride + 4 * kRows * kColumns + 3 * kRows;
+  }
+  BackwardBuffers(float* at, int64_t stride) {
+    const auto take = [&](int64_t n) {
+      float* here = at;
+      at += n;
+      return here;
+    };
+    for (float** rows : {&q, &q_transposed, &dout, &dout_transposed, &dq, &k, &v}) *rows = take(kRows * stride);
+    for (float** block : {&weights, &dscores, &keep, &slope}) *block = take(kRows * kColumns);
+    for (float** row : {&lse, &delta, &dlse}) *row = take(kRows);
+  }
+};
+static_assert(kRows == kColumns, "one size serves the rows of q and those of k and v");
+
+// lse and delta of the lanes.
+void read_statistics(const AttentionInputs& p, const AttentionGradients& g, const Lanes& lanes, const BackwardBuffers& buffers) {
+  const int64_t stride = padded(p.width);
+  const Strides out_strides{p.rows * p.heads * p.width, p.heads * p.width, p.width};
+  read_lanes(g.out, p.type, out_strides, lanes, p.width, buffers.dq);  // still free
+  for (int64_t i = 0; i < lanes.padded; ++i) {
+    const int64_t at = (lanes.batch * p.heads + lanes.head[i]) * p.rows + lanes.row[i];
+    Vec dot = zero();
+    for (int64_t d = i * stride; d < (i + 1) * stride; d += Vec::size) {
+      dot = fma(load(buffers.dout + d), load(buffers.dq + d), dot);
+    }
+    // A row with nothing to attend to has scores of -inf: any finite lse makes its weights zero
+    buffers.lse[i] = g.lse[at] == -kInfinity ? 0.0f : g.lse[at];
+    buffers.dlse[i] = g.dlse == nullptr ? 0.0f : g.dlse[at];
+    buffers.delta[i] = sum(dot) - buffers.dlse[i];
+  }
+}
+
+// Scores and dp to weights (with dropout) and scale * ds. `whole`: these are all the columns that the rows see.
+void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, bool whole, const BackwardBuffers& buffers) {
+  const Vec scale = set1(p.scale);
+  const bool dropout = p.rng_state != nullptr, capped = p.softcap > 0.0f;
+  for (int64_t i = 0; i < lanes; i += Vec::size) {
+    const Vec lse = load(buffers.lse + i);
+    Vec delta = zero();
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t at = j * kRows + i;
+      const Vec weight = exp(load(buffers.weights + at) - lse);
+      store(buffers.weights + at, weight);
+      Vec dweight = load(buffers.dscores + at);
+      if (dropout) {
+        dweight = dweight * load(buffers.keep + at);
+        store(buffers.dscores + at, dweight);
+      }
+      delta = fma(weight, dweight, delta);
+    }
+    // dout . out is the same sum, but rounded otherwise than dp. For a row that has most of its weight on one column, ds is
+    // the difference of two nearly equal numbers, and that matters; such rows see few columns as a rule.
+    delta = whole ? delta - load(buffers.dlse + i) : load(buffers.delta + i);
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t at = j * kRows + i;
+      const Vec weight = load(buffers.weights + at);
+      Vec dscore = weight * (load(buffers.dscores + at) - delta) * scale;
+      if (capped) dscore = dscore * load(buffers.slope + at);
+      store(buffers.dscores + at, dscore);
+      if (dropout) store(buffers.weights + at, weight * load(buffers.keep + at));
+    }
+  }
+}
+
+// One block of rows: writes its dq, adds to dk and dv (columns x padded(D) floats) of the head.
+void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, const RowBlock& block, const Lanes& lanes,
+                         int64_t kv_head, const BackwardBuffers& buffers, float* dk, float* dv) {
+  const int64_t stride = padded(p.width), rows = lanes.count;
+  read_lanes(p.q, p.type, p.q_strides, lanes, p.width, buffers.q);
+  transpose_lanes(buffers.q, lanes, p.width, p.scale, buffers.q_transposed);
+  if (g.dout != nullptr) {
+    read_lanes(g.dout, p.type, g.dout_strides, lanes, p.width, buffers.dout);
+  } else {
+    std::fill(buffers.dout, buffers.dout + lanes.padded * stride, 0.0f);
+  }
+  transpose_lanes(buffers.dout, lanes, p.width, 1.0f, buffers.dout_transposed);
+  read_statistics(p, g, lanes, buffers);
+  std::fill(buffers.dq, buffers.dq + rows * stride, 0.0f);
+  for (int64_t j0 = block.first_column; j0 < block.end_column; j0 += kColumns) {
+    const int64_t columns = std::min(kColumns, block.end_column - j0);
+    const bool partial = !sees_all(p, block, j0, columns);
+    const Band rows_seen = band_of_rows(p, block, j0), columns_seen = transposed(rows_seen);
+    const View k =
+        rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, Use::often, buffers.k);
+    const View v = rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, Use::once, buffers.v);
+    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q_transposed, kRows, buffers.weights,
+                          kRows, false, columns_seen);
+    finish_scores(p, lanes, j0, columns, partial, buffers.weights, buffers.slope);
+    // Where nothing is visible the product may leave dp as it is: zero, since 0 * NaN would be NaN
+    if (partial) std::fill(buffers.dscores, buffers.dscores + columns * kRows, 0.0f);
+    product<Layout::rows>(columns, lanes.padded, p.width, v.data, v.stride, buffers.dout_transposed, kRows,
+                          buffers.dscores, kRows, false, columns_seen);
+    if (p.rng_state != nullptr) dropout_factors(p, lanes, j0, columns, buffers.keep);
+    differentiate(p, columns, lanes.padded, columns == block.end_column - block.first_column, buffers);
+    product<Layout::rows>(columns, stride, rows, buffers.weights, kRows, buffers.dout, stride, dv + j0 * stride, stride, true,
+                          {}, columns_seen);
+    product<Layout::rows>(columns, stride, rows, buffers.dscores, kRows, buffers.q, stride, dk + j0 * stride, stride, true,
+                          {}, columns_seen);
+    product<Layout::columns>(rows, stride, columns, buffers.dscores, kRows, k.data, k.stride, buffers.dq, stride, true, {},
+                             rows_seen);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    write_row(buffers.dq + i * stride, 1.0f, p.width, g.dq, p.type,
+              ((lanes.batch * p.rows + lanes.row[i]) * p.heads + lanes.head[i]) * p.width);
+  }
+}
+
+// The rows begin .. end-1 of dk or dv of a head of a batch entry.
+void write_head(const AttentionInputs& p, int64_t place, int64_t begin, int64_t end, const float* from, void* to) {
+  const int64_t batch = place / p.kv_heads, kv_head = place % p.kv_heads, stride = padded(p.width);
+  for (int64_t j = begin; j < end; ++j) {
+    write_row(from + j * stride, 1.0f, p.width, to, p.type, ((batch * p.columns + j) * p.kv_heads + kv_head) * p.width);
+  }
+}
+
+}  // namespace
+
+void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g) {
+  const int64_t stride = padded(p.width);
+  const std::vector<RowBlock> blocks = row_blocks(p);
+  const int64_t count = static_cast<int64_t>(blocks.size()), places = p.batch * p.kv_heads;
+  if (places == 0) return;
+  const int64_t sums = 2 * p.columns * stride;  // floats: dk and dv of a head
+  const int64_t affordable = kMostSharedFloats / std::max<int64_t>(1, places * sums);
+  const int64_t parts = std::clamp<int64_t>(std::min({kWantedTasks / places, count, affordable}), 1, kWantedTasks);
+
+  const int64_t buffers = BackwardBuffers::floats(stride);
+  const auto run = [&](int64_t place, int64_t part, float* buffer, float* dk, float* dv) {
+    std::memset(dk, 0, p.columns * stride * sizeof(float));
+    std::memset(dv, 0, p.columns * stride * sizeof(float));
+    Lanes lanes;
+    for (int64_t b = part; b < count; b += parts) {
+      set_lanes(p, blocks[b], place / p.kv_heads, place % p.kv_heads, lanes);
+      differentiate_block(p, g, blocks[b], lanes, place % p.kv_heads, BackwardBuffers(buffer, stride), dk, dv);
+    }
+  };
+  if (parts == 1) {
+    for_each_task(places, buffers + sums, [&](int64_t place, float* buffer) {
+      float *dk = buffer + buffers, *dv = dk + p.columns * stride;
+      run(place, 0, buffer, dk, dv);
+      write_head(p, place, 0, p.columns, dk, g.dk);
+      write_head(p, place, 0, p.columns, dv, g.dv);
+    });
+    return;
+  }
+  const std::unique_ptr<float[]> shared(new float[places * parts * sums]);
+  for_each_task(places * parts, buffers, [&](int64_t task, float* buffer) {
+    float *dk = shared.get() + task * sums, *dv = dk + p.columns * stride;
+    run(task / parts, task % parts, buffer, dk, dv);
+  });
+  const int64_t slices = ceil_divide(p.columns, kColumns);
+  for_each_task(places * slices, 0, [&](int64_t task, float*) {
+    const int64_t place = task / slices, begin = task % slices * kColumns, end = std::min(p.columns, begin + kColumns);
+    for (int64_t half = 0; half < 2; ++half) {  // dk, dv
+      float* total = shared.get() + place * parts * sums + half * p.columns * stride;
+      for (int64_t part = 1; part < parts; ++part) {
+        for (int64_t d = begin * stride; d < end * stride; d += Vec::size) {
+          store(total + d, load(total + d) + load(total + part * sums + d));
+        }
+      }
+      write_head(p, place, begin, end, total, half == 0 ? g.dk : g.dv);
+    }
+  });
+}
+
+}  // namespace fastlm::FASTLM_ISA
+
+FASTLM_DISPATCH(attention_backward_cpu, (const AttentionInputs& p, const AttentionGradients& g), (p, g))
