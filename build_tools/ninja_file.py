@@ -58,7 +58,7 @@ class NinjaFile:
             self._rule("nvcc", f"{_quote(wrapper + flags)} $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
 
     def _cpp_objects(self) -> None:
-        """Objects of the plainest instruction set first: of two copies of an inline function the linker keeps the first."""
+        """The plainest instruction set first: of two copies of an inline function the linker keeps the first."""
         sources = [s for s in sorted(self.csrc.rglob("*.cpp")) if "emulator" not in s.relative_to(self.csrc).parts]
         if self.toolkit:
             sources.remove(self.csrc / "no_cuda.cpp")

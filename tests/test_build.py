@@ -164,7 +164,7 @@ SOURCES = {
     "common/shared.h": "#pragma once\ninline int shared() { return 1; }\n",
     "plain.cpp": '#include "common/shared.h"\nint plain() { return shared(); }\n',
     "other.cpp": "int other() { return 2; }\n",
-    "kernel.cpp": "#define FASTLM_DISPATCH(x)\nFASTLM_DISPATCH(x)\nnamespace FASTLM_ISA { int kernel() { return 3; } }\n",
+    "kernel.cpp": "#define FASTLM_DISPATCH(x)\nFASTLM_DISPATCH(x)\nnamespace FASTLM_ISA { int f() { return 3; } }\n",
     "emulator/never.cpp": "#error the emulator is no part of the module\n",
     "bindings.cpp": "int stands_for_the_bindings() { return 0; }\n",
 }

@@ -7,12 +7,17 @@
 // that torch.set_num_threads holds here as well and two thread pools do not fight for the cores. Where torch has none
 // (macOS), they stay null and the loops run on one thread. It also makes the source independent of the compiler's own
 // OpenMP support.
+#if defined(__APPLE__)
+#define FASTLM_WEAK __attribute__((weak_import))
+#else
+#define FASTLM_WEAK __attribute__((weak))
+#endif
 extern "C" {
-__attribute__((weak)) void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-__attribute__((weak)) int omp_get_max_threads();
-__attribute__((weak)) int omp_get_thread_num();
-__attribute__((weak)) int omp_get_num_threads();
-__attribute__((weak)) int omp_in_parallel();
+FASTLM_WEAK void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+FASTLM_WEAK int omp_get_max_threads();
+FASTLM_WEAK int omp_get_thread_num();
+FASTLM_WEAK int omp_get_num_threads();
+FASTLM_WEAK int omp_in_parallel();
 }
 
 namespace fastlm {
