@@ -21,7 +21,6 @@ from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stac
 
 LIBRARY = torch.library.Library("fastlm", "DEF")
 
-
 # What the arguments of a plain eager call are; a subclass of Tensor wants to see the call itself.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
 
@@ -30,9 +29,9 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Define `fastlm::<schema>` and return what to call."""
     name = schema.partition("(")[0]
     tags = (torch.Tag.pt2_compliant_tag,)
-    implementation = _on_their_device(implementation)
+    on_their_device = _on_their_device(implementation)
     LIBRARY.define(schema, tags=tags)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_their_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
     overload = getattr(torch.ops.fastlm, name).default
 
@@ -45,6 +44,9 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
             or not _PLAIN.issuperset(map(type, arguments))
         ):
             return overload(*arguments)
+        first = arguments[0]
+        if first is None or first.is_cuda:
+            return on_their_device(*arguments)
         return implementation(*arguments)
 
     return call
