@@ -1,4 +1,4 @@
-"""The training loop: what it learns, logs, keeps and refuses; optimizer groups; checkpoints that a crash cannot damage."""
+"""The training loop: what it learns, logs, keeps and refuses; optimizer groups; checkpoints that no crash damages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import fastlm
 from fastlm.data import load_tokenizer
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.training import choose_checkpoint, start_run
+from fastlm.training import choose_checkpoint, resume_run, start_run
 from fastlm.training.checkpoint import CheckpointError, CheckpointWriter, find_checkpoints, rng_state, set_rng_state
 from fastlm.training.journal import Journal, read_journal
 from fastlm.training.optimizer import make_optimizer, parameter_groups
@@ -110,6 +110,13 @@ class TestARun:
         assert kept == [best["step"], result.step]
         assert choose_checkpoint(tmp_path / "run", "best").step == best["step"]
         assert choose_checkpoint(tmp_path / "run", "last").step == result.step
+
+    def test_a_run_out_of_time_saves_and_can_go_on(self, dataset: Path, tmp_path: Path) -> None:
+        config = tiny_config(dataset, training={"max_minutes": 1e-9})
+        result = start_run(config, tmp_path / "run", display=quiet())
+        assert (result.reason, result.step) == ("out of time", 1)
+        assert choose_checkpoint(tmp_path / "run", "last").step == 1
+        assert resume_run(tmp_path / "run", overrides=("training.max_minutes=0",), display=quiet()).reason == "done"
 
     def test_without_validation(self, tmp_path: Path) -> None:
         data = write_tiny_dataset(tmp_path / "data", val=False)
@@ -253,7 +260,7 @@ class TestCheckpoints:
         writer = self.save(tmp_path, {1: None})
         monkeypatch.setattr(os, moment, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         writer.save(tiny_model(), {"step": 2}, 2, None)
-        with pytest.raises(CheckpointError, match="No space left on device.*the ones before it are whole"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*the ones before it are whole"):
             writer.wait()
         monkeypatch.undo()
         assert [c.step for c in find_checkpoints(tmp_path)] == [1]

@@ -121,6 +121,10 @@ def demo(
         soft_wrap=True,
     )
     result = start_run(config, run)
+    if result.reason == "out of time":
+        console.print(
+            f"out of time at step {result.step}: the machine is slower than it was at the start", soft_wrap=True
+        )
     if result.reason.startswith("SIG"):
         from fastlm.cli.train import report
 
@@ -242,6 +246,7 @@ def _fit_steps_to_time(config: RunConfig, tokenizer: Tokenizer, device: Any, sec
     step_seconds = (time.perf_counter() - began) / TUNING_STEPS
     steps = max(1, min(config.training.steps, math.floor(seconds / step_seconds)))
     config.training.steps = steps
+    config.training.max_minutes = 2 * seconds / 60  # should the machine become busy meanwhile
     config.training.warmup_steps = max(1, round(WARMUP * steps))
     config.evaluation.every = max(10, steps // EVALUATIONS)
 

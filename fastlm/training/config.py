@@ -43,6 +43,7 @@ class TrainingConfig:
     warmup_steps: int = 100
     decay_fraction: float = 0.2  # schedule "wsd": the part of the steps in which lr falls
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    max_minutes: float = 0.0  # save and stop after so long, counted anew after a resume; 0: never
     seed: int = 0
     precision: str = "auto"  # "bf16": autocast; "auto": bf16 on a GPU that has it, else fp32
     device: str = "auto"  # "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one
@@ -112,6 +113,7 @@ class RunConfig:
         for name, least_zero in (
             ("training.warmup_steps", t.warmup_steps),
             ("training.grad_clip", t.grad_clip),
+            ("training.max_minutes", t.max_minutes),
             ("evaluation.every", e.every),
             ("evaluation.patience", e.patience),
             ("evaluation.sample_every", e.sample_every),

@@ -31,7 +31,7 @@ class NonFiniteLossError(ValueError):
 
 @dataclass
 class TrainResult:
-    """How a run ended: `reason` is "done", "early stop", or the name of a signal."""
+    """How a run ended: `reason` is "done", "early stop", "out of time", or the name of a signal."""
 
     reason: str
     step: int
@@ -86,7 +86,7 @@ class Trainer:
         self._saved_at: int | None = None
 
     def fit(self) -> TrainResult:
-        """Train until the last step, an early stop, or a signal; a checkpoint of the end is on the disk when this
+        """Train until the last step, an early stop, the end of the time, or a signal; a checkpoint of the end is on the disk when this
         returns.
 
         Raises:
@@ -96,6 +96,7 @@ class Trainer:
         steps = self.config.training.steps
         reason = "done"
         trained_tokens, trained_seconds = 0, 0.0
+        deadline = time.monotonic() + (60 * self.config.training.max_minutes or math.inf)
         self.model.train()
         self.display.start(self.step, steps)
         try:
@@ -116,6 +117,9 @@ class Trainer:
                     patience = self.config.evaluation.patience
                     if patience and self.evaluations_since_best >= patience:
                         reason = "early stop"
+                        break
+                    if time.monotonic() > deadline and self.step < steps:
+                        reason = "out of time"
                         break
                     if self._is_due(self.config.checkpoint.every) or self._is_new_best():
                         self.save()
