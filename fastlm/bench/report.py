@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 import fastlm
 from fastlm.bench.peers import backends_here
@@ -111,10 +112,10 @@ def print_environment(console: Console, where: dict[str, Any]) -> None:
         console.print(f"The machine is busy (load {load:.1f} on {cores} cores): expect wide quartiles.", style="yellow")
 
 
-def table(comparison: Comparison) -> Table:
+def table(comparison: Comparison) -> Group:
     """One comparison; who did not take part is left to `absent`."""
-    title = f"{comparison.name}  [dim]{comparison.mode}, {comparison.dtype}[/dim]"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    title = Text.from_markup(f"[bold]{comparison.name}[/bold]  [dim]{comparison.mode}, {comparison.dtype}[/dim]")
+    made = Table(box=box.SIMPLE_HEAD)
     made.add_column("peer", min_width=16)
     memory = comparison.group == "memory"
     rate = any("tokens_per_second" in r.extra for r in comparison.results)
@@ -129,7 +130,7 @@ def table(comparison: Comparison) -> Table:
         if cells is not None:
             ours = result.peer.startswith("fastlm")
             made.add_row(result.peer, *cells, style="bold green" if ours else None)
-    return made
+    return Group(title, made)  # a title of the table's own would be broken at the table's width
 
 
 def _time_cells(comparison: Comparison, result: Result, rate: bool) -> list[str] | None:
@@ -157,8 +158,8 @@ def absent(comparisons: list[Comparison]) -> Table | None:
     for comparison in comparisons:
         for result in comparison.results:
             if result.reason is not None:
-                names = reasons.setdefault((result.peer, result.reason), [])
                 name = comparison.name.partition(" ")[0]
+                names = reasons.setdefault((result.peer, result.reason.replace(f" for {name}", "")), [])
                 if name not in names:
                     names.append(name)
     if not reasons:

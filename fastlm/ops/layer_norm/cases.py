@@ -76,8 +76,8 @@ CASES = [
     _rms_norm("llama", (17, 2048), residual=True),
     _rms_norm("empty-batch", (2, 0, 64)),
     _rms_norm("sliced", (5, 48), residual=True, layout="sliced"),
-    _layer_norm("1024x768", (1024, 768), bench=True, bias=True),
     _layer_norm("1024x768-residual", (1024, 768), bench=True, bias=True, residual=True),
+    _layer_norm("1024x768", (1024, 768), bench=True, bias=True),
     _layer_norm("4096x1600-residual", (4096, 1600), bench=True, bias=True, residual=True),
     _rms_norm("1024x2048-residual", (1024, 2048), bench=True, residual=True),
 ]
