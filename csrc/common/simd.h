@@ -6,6 +6,7 @@
 //   load_n(p, n), store_n(p, v, n)  the first n < Vec::size elements; load_n fills the rest with zeros
 //   set1, + - * /, fma(a, b, c) = a * b + c, sqrt, abs, copysign(a, sign), sum(v) in a fixed order
 //   max(a, b) = a > b ? a : b,  min(a, b) = a < b ? a : b: b where either is NaN
+//   first_n(a, b, n)                the first n < Vec::size lanes of a, the others of b
 //   if_less(a, b, yes, no) = a < b ? yes : no,  ldexp(a, n) = a * 2^n for a whole number n, |n| < 250
 //
 // The operations compute the same on every instruction set but for fma, which rounds twice where there is none
@@ -53,10 +54,7 @@ struct Rest {
     store_n(p, a, n);
   }
   Vec keep(Vec a, Vec past = zero()) const {  // `past` in the lanes past the end
-    float lanes[Vec::size];
-    FASTLM_ISA::store(lanes, past);
-    store_n(lanes, a, n);
-    return FASTLM_ISA::load(lanes);
+    return first_n(a, past, n);
   }
 };
 

@@ -61,6 +61,8 @@ inline __m256i first(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+inline Vec first_n(Vec a, Vec b, int64_t n) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first(n)))}; }
+
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }

@@ -51,6 +51,7 @@ inline __m256i to_bits(Vec a, bf16) {
 inline __m256i to_bits(Vec a, f16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec first_n(Vec a, Vec b, int64_t n) { return {_mm512_mask_blend_ps(first(n), b.v, a.v)}; }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }

@@ -43,6 +43,10 @@ inline Vec sqrt(Vec a) {
 
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
+inline Vec first_n(Vec a, Vec b, int64_t n) {
+  for (int64_t i = n; i < 4; ++i) a.v[i] = b.v[i];
+  return a;
+}
 
 inline float as_float(uint32_t bits) {
   float x;

@@ -6,9 +6,8 @@ to the system when they die. So what an op needs only while it runs is borrowed 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,18 +17,19 @@ _free: list[Tensor] = []
 _lock = threading.Lock()
 
 
-@contextmanager
-def borrowed(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """An uninitialised contiguous CPU tensor, to be used inside the `with` block only."""
-    count = 1
-    for n in shape:
-        count *= n
-    size = count * dtype.itemsize
-    buffer = _take(size)
-    try:
-        yield buffer[:size].view(dtype).view(shape)
-    finally:
-        _give(buffer)
+class borrowed:  # a class costs half of what @contextmanager does
+    """An uninitialised contiguous CPU tensor of this shape and dtype, to be used inside the `with` block only."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def __enter__(self) -> Tensor:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        self.buffer = _take(size)
+        return self.buffer[:size].view(self.dtype).view(self.shape)
+
+    def __exit__(self, *exception: object) -> None:
+        _give(self.buffer)
 
 
 def _take(size: int) -> Tensor:

@@ -36,7 +36,6 @@ def forward(
     softcap: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_targets(targets, len(weight), ignore_index)
     work = _Work(x, weight, targets, ignore_index, needs if reduction != "none" else [False, False])
     count = len(work.targets)
     loss, lse = torch.empty(count), torch.empty(count)
@@ -80,8 +79,10 @@ class _Work:
         self.needs_dx, self.needs_dweight = needs
         flat = targets.reshape(-1)
         self.length = len(flat)
-        counted = flat != ignore_index
-        self.index = None if counted.all() else counted.nonzero().squeeze(1)
+        self.index = None
+        if check_targets(flat, len(weight), ignore_index):
+            counted = flat != ignore_index
+            self.index = None if counted.all() else counted.nonzero().squeeze(1)
         self.targets = self.gather(flat).contiguous()
         self.rows = self.gather(x.reshape(-1, x.shape[-1]))
         self.dx = torch.empty(self.rows.shape if self.needs_dx else (0,))

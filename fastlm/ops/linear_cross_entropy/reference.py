@@ -103,19 +103,23 @@ def backward(
     return gradients.dx.view(x.shape if needs[0] else 0), gradients.dweight
 
 
-def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """IndexError for a target outside the vocabulary. On the CPU only: elsewhere it would wait for the device."""
+def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> bool:
+    """IndexError for a target outside the vocabulary. On the CPU only: elsewhere it would wait for the device.
+
+    Returns whether some target may be ignore_index.
+    """
     if targets.device.type != "cpu" or targets.numel() == 0:
-        return
+        return True
     low, high = (int(t) for t in targets.aminmax())
     if low >= 0 and high < vocab:
-        return
+        return low <= ignore_index <= high
     wrong = targets[((targets < 0) | (targets >= vocab)) & (targets != ignore_index)]
     if wrong.numel():
         raise IndexError(
             f"linear_cross_entropy: target {int(wrong[0])} is outside the vocabulary: wanted 0 <= target < {vocab}, the"
             f" rows of weight, or ignore_index = {ignore_index}"
         )
+    return True
 
 
 def row_scale(targets: Tensor, vocab: int, ignore_index: int, dtype: torch.dtype) -> Tensor:

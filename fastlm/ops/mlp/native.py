@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops import native
@@ -23,6 +24,10 @@ CODE = {name: i for i, name in enumerate(ACTIVATIONS)}  # csrc/mlp/mlp.h
 # products read all the weights.
 BLOCK_BYTES = 32 << 20
 
+# Below this the pre-activation needs no workspace: memory this small is not given back to the system. What counts there
+# (a generated token) is the number of Python calls.
+SMALL_BYTES = 64 << 10
+
 
 def unsupported(x: Tensor, *rest: object) -> str | None:
     if x.dtype not in DTYPE_CODE:
@@ -34,6 +39,9 @@ def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    if len(rows) * wide * x.element_size() <= SMALL_BYTES:
+        hidden, pre = _small_forward(rows, weight, bias, activation, keep)
+        return hidden.view(*x.shape[:-1], hidden.shape[1]), pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     hidden = x.new_empty((*x.shape[:-1], _hidden_width(wide, activation)))
     flat = hidden.view(len(rows), hidden.shape[-1])
     pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
@@ -53,6 +61,11 @@ def mlp_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, wide = x.reshape(-1, x.shape[-1]), fc_weight.shape[0]
+    if len(rows) * wide * x.element_size() <= SMALL_BYTES:
+        hidden, pre = _small_forward(rows, fc_weight, fc_bias, activation, keep)
+        with autocast_off(x):
+            y = F.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
+        return y, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     y = x.new_empty((*x.shape[:-1], proj_weight.shape[0]))
     flat = y.view(len(rows), y.shape[-1])
     pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
@@ -127,6 +140,17 @@ def _pre_activation(pre: Tensor | None, rows: Tensor, width: int, block: slice) 
     if pre is not None:
         return nullcontext(pre.view(-1, width)[block])
     return borrowed((block.stop - block.start, width), rows.dtype)
+
+
+def _small_forward(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(hidden, pre), two-dimensional. Where pre is not kept, hidden may lie in it."""
+    pre = rows.new_empty(len(rows), len(weight))
+    in_place = not keep and activation not in GATED
+    hidden = pre if in_place else rows.new_empty(len(rows), _hidden_width(len(weight), activation))
+    _activate(rows, weight, bias, pre, hidden, activation)
+    return hidden, pre
 
 
 def _activate(rows: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, hidden: Tensor, activation: str) -> None:
