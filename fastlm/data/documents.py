@@ -7,16 +7,12 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
 
 PIECE_CHARS = 1 << 20  # a longer document is handed on in pieces of about this many characters
-# Where a long text may be cut: at a single line break between two words. There the pre-tokenization of GPT-2 (and of
-# bytes and characters anyway) cuts too, so that the ids of the pieces are the ids of the whole.
-_CUT = re.compile(r"\S\n(?=\S)")
 BAD_TEXT = ("error", "skip", "replace")
 
 
@@ -142,16 +138,18 @@ def _file_pieces(path: Path, on_bad_text: str) -> Iterator[str]:
 
 
 def _last_cut(text: str) -> int:
-    """Where to cut a growing text without changing an id; anywhere once 16 pieces have no such place; 0: not yet."""
+    """Where to cut a growing text without changing an id: the last place before a space and after none; 0: not yet.
+
+    There the pre-tokenization of byte-level BPE (GPT-2's and its successors') cuts too: the ids of the pieces are
+    the ids of the whole. A text without such a place is cut anywhere once it is 16 pieces long.
+    """
     if len(text) < PIECE_CHARS:
         return 0
-    end = len(text)
-    while end > 0:  # search backwards in steps, so that the common case reads only the end
-        start = max(0, end - 4096)
-        cuts = [m.end() for m in _CUT.finditer(text, start, min(len(text), end + 2))]
-        if cuts:
-            return cuts[-1]
-        end = start
+    space = text.rfind(" ")
+    while space > 0 and text[space - 1].isspace():
+        space = text.rfind(" ", 0, space)
+    if space > 0:
+        return space
     return len(text) if len(text) >= 16 * PIECE_CHARS else 0
 
 

@@ -19,6 +19,7 @@ from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
 
 ORDERS = ("random", "shuffled")
+LOOKAHEAD = 4096  # samples located at once: numpy costs as much for 32 as for a thousand
 
 
 class TokenData:
@@ -115,6 +116,7 @@ class WindowLoader:
         self.data, self.batch_size, self.block_size = data, batch_size, block_size
         self.seed, self.order, self.rank, self.world_size = seed, order, rank, world_size
         self.samples = 0  # windows taken so far by all processes together
+        self._ahead = (0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))  # first sample, shards, starts
         arrays = [a for a in data.arrays if len(a) > block_size]
         if not arrays:
             longest = max(len(a) for a in data.arrays)
@@ -141,7 +143,12 @@ class WindowLoader:
         """x, y: int64 (batch_size, block_size), on the CPU."""
         first = self.samples + self.rank * self.batch_size
         self.samples += self.world_size * self.batch_size
-        return self._gather(*self._locate(np.arange(first, first + self.batch_size, dtype=np.uint64)))
+        begin, shard, start = self._ahead
+        if not begin <= first <= first + self.batch_size <= begin + len(shard):
+            count = max(LOOKAHEAD, self.batch_size)
+            begin, shard, start = self._ahead = (first, *self._locate(np.arange(first, first + count, dtype=np.uint64)))
+        rows = slice(first - begin, first - begin + self.batch_size)
+        return self._gather(shard[rows], start[rows])
 
     def evenly_spaced(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`count` windows at even distances over the whole split (fewer, where there are not so many that differ):

@@ -62,7 +62,7 @@ def plot_losses(
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a twentieth of the curve, without the pull of its start (as in Adam)."""
+    """Exponential moving average over a fiftieth of the curve, without the pull of its start (as in Adam)."""
     decay = 1 - 1 / max(1.0, len(values) / 20)
     average, weight, out = 0.0, 0.0, []
     for value in values:

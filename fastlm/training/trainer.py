@@ -86,8 +86,7 @@ class Trainer:
         self._saved_at: int | None = None
 
     def fit(self) -> TrainResult:
-        """Train until the last step, an early stop, the end of the time, or a signal; a checkpoint of the end is on the disk when this
-        returns.
+        """Train until the last step, an early stop, the end of the time, or a signal, and save a checkpoint of the end.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
