@@ -62,7 +62,7 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
     Vec delta = zero();
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = j * kRows + i;
-      const Vec weight = exp(load(buffers.weights + at) - lse);
+      const Vec weight = exp_of_score(load(buffers.weights + at) - lse);
       store(buffers.weights + at, weight);
       Vec dweight = load(buffers.dscores + at);
       if (dropout) {
@@ -148,6 +148,7 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
   const int64_t parts = std::clamp<int64_t>(std::min({kWantedTasks / places, count, affordable}), 1, kWantedTasks);
 
   const int64_t buffers = BackwardBuffers::floats(stride);
+  const int64_t work = 5 * places * scores_of(blocks) * stride;
   const auto run = [&](int64_t place, int64_t part, float* buffer, float* dk, float* dv) {
     std::memset(dk, 0, p.columns * stride * sizeof(float));
     std::memset(dv, 0, p.columns * stride * sizeof(float));
@@ -158,7 +159,7 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
     }
   };
   if (parts == 1) {
-    for_each_task(places, buffers + sums, [&](int64_t place, float* buffer) {
+    for_each_task(places, work, buffers + sums, [&](int64_t place, float* buffer) {
       float *dk = buffer + buffers, *dv = dk + p.columns * stride;
       run(place, 0, buffer, dk, dv);
       write_head(p, place, 0, p.columns, dk, g.dk);
@@ -167,12 +168,12 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
     return;
   }
   const std::unique_ptr<float[]> shared(new float[places * parts * sums]);
-  for_each_task(places * parts, buffers, [&](int64_t task, float* buffer) {
+  for_each_task(places * parts, work, buffers, [&](int64_t task, float* buffer) {
     float *dk = shared.get() + task * sums, *dv = dk + p.columns * stride;
     run(task / parts, task % parts, buffer, dk, dv);
   });
   const int64_t slices = ceil_divide(p.columns, kColumns);
-  for_each_task(places * slices, 0, [&](int64_t task, float*) {
+  for_each_task(places * slices, places * parts * sums, 0, [&](int64_t task, float*) {
     const int64_t place = task / slices, begin = task % slices * kColumns, end = std::min(p.columns, begin + kColumns);
     for (int64_t half = 0; half < 2; ++half) {  // dk, dv
       float* total = shared.get() + place * parts * sums + half * p.columns * stride;

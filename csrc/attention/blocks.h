@@ -58,6 +58,13 @@ inline std::vector<RowBlock> row_blocks(const AttentionInputs& p) {
   return blocks;
 }
 
+// Scores that are looked at, at one head of k and v of one batch entry.
+inline int64_t scores_of(const std::vector<RowBlock>& blocks) {
+  int64_t scores = 0;
+  for (const RowBlock& b : blocks) scores += b.rows * b.heads * (b.end_column - b.first_column);
+  return scores;
+}
+
 struct Lanes {
   int64_t batch, count, padded;
   int64_t row[kRows], head[kRows];
@@ -198,12 +205,17 @@ inline ThreadBuffer& thread_buffer() {
 
 constexpr int64_t kKeptFloats = 4 << 20;  // 16 MB a thread
 
-// body(task, buffer) for each task, with a buffer of `floats` floats. A thread takes the next task when it has done one, so
-// that unequal tasks share out well; what a task computes does not depend on who does it.
+// Multiply-adds to a thread at the least (about 20 microseconds): below, waking it costs more than it saves.
+constexpr int64_t kLeastWork = 1 << 20;
+
+// body(task, buffer) for each task, with a buffer of `floats` floats; `work`: the multiply-adds of all tasks. A thread takes the
+// next task when it has done one, so that unequal tasks share out well; what a task computes does not depend on who does
+// it.
 template <class Body>
-void for_each_task(int64_t tasks, int64_t floats, const Body& body) {
+void for_each_task(int64_t tasks, int64_t work, int64_t floats, const Body& body) {
   std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(tasks, max_threads()), 1, [&](int64_t, int64_t) {
+  const int64_t threads = std::min({tasks, work / kLeastWork + 1, static_cast<int64_t>(max_threads())});
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
     float* buffer = thread_buffer().reserve(floats);
     for (int64_t task = next++; task < tasks; task = next++) body(task, buffer);
     thread_buffer().release_above(kKeptFloats);

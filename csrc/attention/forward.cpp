@@ -1,8 +1,9 @@
 // attention.h on the CPU, forward: blocks of rows go through the columns with an online softmax (Milakov, Gimelshein:
 // Online normalizer calculation for softmax, arXiv:1805.02867; Dao: FlashAttention-2, arXiv:2307.08691).
 //
-// Where the blocks of rows are too few for the threads of a large machine (decoding), the columns are cut into parts, whose
-// results are put together in order. How many parts there are follows from the shapes alone.
+// Where there are few rows (decoding) or few blocks of rows, the columns are cut into parts, whose results are put together
+// in order. How many parts there are follows from the shapes alone. Tasks are ordered such that the heads of a part follow
+// each other: in memory they lie side by side, and k and v are read nearly from front to back, page by page.
 #include <cmath>
 
 #include "attention/scores.h"
@@ -12,17 +13,18 @@ namespace fastlm::FASTLM_ISA {
 namespace {
 
 constexpr int64_t kWantedTasks = 64;
-constexpr int64_t kShortestPart = 512;  // columns; below, putting parts together costs more than it saves
+constexpr int64_t kPart = 512;        // columns of a part; shorter ones cost more to put together than they save
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kPartOfFew = 128;   // with so few rows: 128 columns of 12 heads of 64 floats are 0.8 MB of k and v
 
 // The softmax of a block of rows over the columns seen so far: the unnormalised output, the running maximum and sum.
 struct Partial {
-  float* out;  // kRows x padded(D)
+  float* out;  // lanes x padded(D)
   float* maximum;
   float* sum;
+  static int64_t floats(int64_t lanes, int64_t stride) { return lanes * stride + 2 * lanes; }
+  Partial(float* at, int64_t lanes, int64_t stride) : out(at), maximum(at + lanes * stride), sum(maximum + lanes) {}
 };
-
-int64_t partial_floats(int64_t stride) { return kRows * stride + 2 * kRows; }
-Partial partial_at(float* at, int64_t stride) { return {at, at + kRows * stride, at + kRows * stride + kRows}; }
 
 // In the place of -inf, where a row has seen nothing yet: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
 inline Vec finite(Vec maximum) { return if_less(set1(-kInfinity), maximum, maximum, if_less(maximum, zero(), zero(), maximum)); }
@@ -31,13 +33,19 @@ inline Vec finite(Vec maximum) { return if_less(set1(-kInfinity), maximum, maxim
 void online_softmax(int64_t columns, int64_t lanes, float* s, float* maximum, float* sum, float* decay) {
   for (int64_t i = 0; i < lanes; i += Vec::size) {
     const Vec former = load(maximum + i);
-    Vec largest = former;
-    for (int64_t j = 0; j < columns; ++j) largest = max(load(s + j * kRows + i), largest);
+    Vec even = former, odd = former;
+    int64_t k = 0;
+    for (; k + 2 <= columns; k += 2) {
+      even = max(load(s + k * kRows + i), even);
+      odd = max(load(s + (k + 1) * kRows + i), odd);
+    }
+    if (k < columns) even = max(load(s + k * kRows + i), even);
+    const Vec largest = max(even, odd);
     store(maximum + i, largest);
-    const Vec base = finite(largest), factor = exp(former - base);
+    const Vec base = finite(largest), factor = exp_of_score(former - base);
     Vec total = load(sum + i) * factor;
     for (int64_t j = 0; j < columns; ++j) {
-      const Vec weight = exp(load(s + j * kRows + i) - base);
+      const Vec weight = exp_of_score(load(s + j * kRows + i) - base);
       store(s + j * kRows + i, weight);
       total += weight;
     }
@@ -69,8 +77,8 @@ struct ForwardBuffers {
 void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes, int64_t kv_head, int64_t begin, int64_t end,
             const ForwardBuffers& buffers, const Partial& result) {
   const int64_t stride = padded(p.width);
-  std::fill(result.maximum, result.maximum + kRows, -kInfinity);
-  std::fill(result.sum, result.sum + kRows, 0.0f);
+  std::fill(result.maximum, result.maximum + lanes.padded, -kInfinity);
+  std::fill(result.sum, result.sum + lanes.padded, 0.0f);
   if (begin >= end) {
     std::fill(result.out, result.out + lanes.count * stride, 0.0f);
     return;
@@ -113,25 +121,21 @@ void write_block(const AttentionInputs& p, const Lanes& lanes, const Partial& re
   }
 }
 
-// The parts of a block of rows, in order, put together in the first.
-void combine(const Lanes& lanes, int64_t parts, int64_t stride, float* partials) {
-  const Partial total = partial_at(partials, stride);
-  float factors[kRows];
-  for (int64_t part = 1; part < parts; ++part) {
-    const Partial next = partial_at(partials + part * partial_floats(stride), stride);
-    for (int64_t i = 0; i < lanes.padded; i += Vec::size) {
-      const Vec a = load(total.maximum + i), b = load(next.maximum + i), largest = max(b, a), base = finite(largest);
-      const Vec factor_a = exp(a - base), factor_b = exp(b - base);
-      store(total.sum + i, fma(load(total.sum + i), factor_a, load(next.sum + i) * factor_b));
-      store(total.maximum + i, largest);
-      store(factors + i, factor_b);
-      store(next.maximum + i, factor_a);
-    }
-    for (int64_t i = 0; i < lanes.count; ++i) {
-      const Vec factor_a = set1(next.maximum[i]), factor_b = set1(factors[i]);
-      for (int64_t d = i * stride; d < (i + 1) * stride; d += Vec::size) {
-        store(total.out + d, fma(load(total.out + d), factor_a, load(next.out + d) * factor_b));
-      }
+// Adds the next part of a block of rows to the parts before it.
+void combine(const Lanes& lanes, int64_t stride, const Partial& total, const Partial& next) {
+  float total_factor[kRows], next_factor[kRows];
+  for (int64_t i = 0; i < lanes.padded; i += Vec::size) {
+    const Vec a = load(total.maximum + i), b = load(next.maximum + i), largest = max(b, a), base = finite(largest);
+    const Vec factor_a = exp_of_score(a - base), factor_b = exp_of_score(b - base);
+    store(total.sum + i, fma(load(total.sum + i), factor_a, load(next.sum + i) * factor_b));
+    store(total.maximum + i, largest);
+    store(total_factor + i, factor_a);
+    store(next_factor + i, factor_b);
+  }
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    const Vec factor_a = set1(total_factor[i]), factor_b = set1(next_factor[i]);
+    for (int64_t d = i * stride; d < (i + 1) * stride; d += Vec::size) {
+      store(total.out + d, fma(load(total.out + d), factor_a, load(next.out + d) * factor_b));
     }
   }
 }
@@ -139,50 +143,52 @@ void combine(const Lanes& lanes, int64_t parts, int64_t stride, float* partials)
 }  // namespace
 
 void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
-  const int64_t stride = padded(p.width);
+  const int64_t stride = padded(p.width), buffers = ForwardBuffers::floats(stride);
   const std::vector<RowBlock> blocks = row_blocks(p);
   const int64_t count = static_cast<int64_t>(blocks.size()), places = count * p.batch * p.kv_heads;
   if (places == 0) return;
-  const int64_t parts = std::clamp<int64_t>(std::min(kWantedTasks / places, p.columns / kShortestPart), 1, kWantedTasks);
+  int64_t lanes_of_all = 0;  // of the largest block
+  for (const RowBlock& block : blocks) lanes_of_all = std::max(lanes_of_all, padded(block.rows * block.heads));
+  const bool few = lanes_of_all <= padded(kFewRows);
+  const int64_t parts =
+      std::max<int64_t>(1, few ? p.columns / kPartOfFew : std::min(kWantedTasks / places, p.columns / kPart));
+  const int64_t floats = Partial::floats(lanes_of_all, stride);
+  const int64_t work = 2 * p.batch * p.kv_heads * scores_of(blocks) * stride;
 
-  // A place is a block of rows at a head of a batch entry; the blocks of a head follow each other, the longest first
-  const auto locate = [&](int64_t place, Lanes& lanes, int64_t& kv_head) -> const RowBlock& {
-    const RowBlock& block = blocks[count - 1 - place % count];
-    kv_head = place / count % p.kv_heads;
-    set_lanes(p, block, place / count / p.kv_heads, kv_head, lanes);
-    return block;
-  };
-  const int64_t buffers = ForwardBuffers::floats(stride);
-  if (parts == 1) {
-    for_each_task(places, buffers + partial_floats(stride), [&](int64_t task, float* buffer) {
+  if (parts == 1) {  // the blocks of a head follow each other, the longest first
+    for_each_task(places, work, buffers + floats, [&](int64_t task, float* buffer) {
+      const RowBlock& block = blocks[count - 1 - task % count];
+      const int64_t head = task / count % p.kv_heads;
+      const Partial result(buffer + buffers, lanes_of_all, stride);
       Lanes lanes;
-      int64_t kv_head;
-      const RowBlock& block = locate(task, lanes, kv_head);
-      const Partial result = partial_at(buffer + buffers, stride);
-      attend(p, block, lanes, kv_head, block.first_column, block.end_column, ForwardBuffers(buffer, stride), result);
+      set_lanes(p, block, task / count / p.kv_heads, head, lanes);
+      attend(p, block, lanes, head, block.first_column, block.end_column, ForwardBuffers(buffer, stride), result);
       write_block(p, lanes, result, out, lse);
     });
     return;
   }
-  const std::unique_ptr<float[]> partials(new float[places * parts * partial_floats(stride)]);
-  for_each_task(places * parts, buffers, [&](int64_t task, float* buffer) {
-    Lanes lanes;
-    int64_t kv_head;
-    const int64_t part = task % parts;
-    const RowBlock& block = locate(task / parts, lanes, kv_head);
+  const std::unique_ptr<float[]> partials(new float[places * parts * floats]);
+  const auto partial = [&](int64_t batch_and_block, int64_t part, int64_t head) {
+    const int64_t index = (batch_and_block * parts + part) * p.kv_heads + head;
+    return Partial(partials.get() + index * floats, lanes_of_all, stride);
+  };
+  for_each_task(places * parts, work, buffers, [&](int64_t task, float* buffer) {
+    const int64_t head = task % p.kv_heads, part = task / p.kv_heads % parts, batch_and_block = task / p.kv_heads / parts;
+    const RowBlock& block = blocks[batch_and_block % count];
     const int64_t length = ceil_divide(block.end_column - block.first_column, parts * kColumns) * kColumns;
     const int64_t begin = std::min(block.end_column, block.first_column + part * length);
     const int64_t end = std::min(block.end_column, begin + length);
-    attend(p, block, lanes, kv_head, begin, end, ForwardBuffers(buffer, stride),
-           partial_at(partials.get() + task * partial_floats(stride), stride));
-  });
-  for_each_task(places, 0, [&](int64_t place, float*) {
     Lanes lanes;
-    int64_t kv_head;
-    locate(place, lanes, kv_head);
-    float* first = partials.get() + place * parts * partial_floats(stride);
-    combine(lanes, parts, stride, first);
-    write_block(p, lanes, partial_at(first, stride), out, lse);
+    set_lanes(p, block, batch_and_block / count, head, lanes);
+    attend(p, block, lanes, head, begin, end, ForwardBuffers(buffer, stride), partial(batch_and_block, part, head));
+  });
+  for_each_task(places, places * parts * lanes_of_all * stride, 0, [&](int64_t task, float*) {
+    const int64_t head = task % p.kv_heads, batch_and_block = task / p.kv_heads;
+    Lanes lanes;
+    set_lanes(p, blocks[batch_and_block % count], batch_and_block / count, head, lanes);
+    const Partial total = partial(batch_and_block, 0, head);
+    for (int64_t part = 1; part < parts; ++part) combine(lanes, stride, total, partial(batch_and_block, part, head));
+    write_block(p, lanes, total, out, lse);
   });
 }
 

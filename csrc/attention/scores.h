@@ -11,6 +11,10 @@ namespace fastlm::FASTLM_ISA {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// e^x for weights: 0 below e^-87, since what is smaller than 2^-126 takes the processor a hundred times as long. The
+// hidden scores, -inf, are of that kind.
+inline Vec exp_of_score(Vec x) { return if_less(x, set1(-87.0f), zero(), exp(max(set1(-87.0f), x))); }
+
 // body(j, i): a vector of lanes from lane i on, in row j of the block.
 template <class Body>
 inline void over_block(int64_t columns, int64_t lanes, const Body& body) {

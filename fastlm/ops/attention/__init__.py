@@ -111,23 +111,30 @@ def attention(
 
 
 def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen) -> tuple:
-    """Check the contract; the arguments of the raw op, with None in the place of rng_state."""
+    """Check the contract; the arguments of the raw op, with None in the place of rng_state.
+
+    Plain conditions stand in front of the checks that word the errors: calls cost time in each step of decoding.
+    """
     op = "attention"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dimensions (batch, length, heads, dim), got {tuple(t.shape)}")
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
+        raise ValueError(f"{op}: {name} must have 4 dimensions (batch, length, heads, dim), got {tuple(t.shape)}")
     q, k, v = checks.autocast(q, k, v)
     batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    checks.floating(op, q=q, k=k, v=v)
-    checks.same_device(op, "q", q, k=k, v=v, alibi_slopes=alibi_slopes, cu_seqlens=cu_seqlens)
-    checks.same_dtype(op, "q", q, k=k, v=v)
-    if k.shape[0] != batch or k.shape[3] != width:
+    k_batch, columns, kv_heads, k_width = k.shape
+    dtype, device = q.dtype, q.device
+    if dtype not in checks.FLOATS or k.dtype != dtype or v.dtype != dtype:
+        checks.floating(op, q=q, k=k, v=v)
+        checks.same_dtype(op, "q", q, k=k, v=v)
+    if k.device != device or v.device != device or alibi_slopes is not None or cu_seqlens is not None:
+        checks.same_device(op, "q", q, k=k, v=v, alibi_slopes=alibi_slopes, cu_seqlens=cu_seqlens)
+    if k_batch != batch or k_width != width:
         raise ValueError(
             f"{op}: k must have shape (B, S, H_kv, D) = ({batch}, S, H_kv, {width}) to go with q {tuple(q.shape)},"
             f" got {tuple(k.shape)}"
         )
-    checks.shape(op, "v", v, k.shape, "of k")
+    if v.shape != k.shape:
+        checks.shape(op, "v", v, k.shape, "of k")
     if width == 0 or heads == 0:
         raise ValueError(f"{op}: the number of heads and the head dim must not be 0, got q of shape {tuple(q.shape)}")
     if kv_heads == 0 or heads % kv_heads:
@@ -135,7 +142,7 @@ def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, c
     scale = width**-0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    left, right = _window(op, window)
+    left, right = (-1, -1) if window is None else _window(op, window)
     if causal:
         right = 0
     if not 0 <= softcap < math.inf:
@@ -145,7 +152,7 @@ def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, c
     if alibi_slopes is not None:
         alibi_slopes = _slopes(op, alibi_slopes, batch, heads, q)
     if cu_seqlens is not None:
-        _check_packed(op, q, k, cu_seqlens)
+        _check_packed(op, batch, length, columns, cu_seqlens)
     if max_seqlen is None:
         max_seqlen = length
     elif cu_seqlens is None:
@@ -156,9 +163,7 @@ def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, c
     return q, k, v, alibi_slopes, cu_seqlens, None, *options
 
 
-def _window(op: str, window: Window | None) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
+def _window(op: str, window: Window) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"{op}: window must be None or (left, right), got {window!r}")
     left, right = (-1 if side is None else side for side in window)
@@ -180,16 +185,16 @@ def _slopes(op: str, slopes: Tensor, batch: int, heads: int, q: Tensor) -> Tenso
     return slopes.to(checks.statistics_dtype(q)).contiguous()
 
 
-def _check_packed(op: str, q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
+def _check_packed(op: str, batch: int, length: int, columns: int, cu_seqlens: Tensor) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: cu_seqlens must be int32 of shape (n + 1), n >= 1,"
             f" got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
-    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+    if batch != 1 or length != columns:
         raise ValueError(
             f"{op}: packed sequences have batch 1 and as many keys as queries,"
-            f" got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f" got batch {batch}, {length} queries and {columns} keys"
         )
 
 
@@ -222,11 +227,10 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward_impl(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options):
-    *options, max_seqlen, backend = options
     if cu_seqlens is not None and not cu_seqlens.is_cuda:
-        _check_boundaries(cu_seqlens, q.shape[1], max_seqlen)
-    module = registry.implementation("attention", backend)
-    return module.forward(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options, max_seqlen)
+        _check_boundaries(cu_seqlens, q.shape[1], max_seqlen=options[-2])
+    module = registry.implementation("attention", options[-1])
+    return module.forward(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options[:-1])
 
 
 def _forward_fake(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options):
@@ -235,8 +239,7 @@ def _forward_fake(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options):
 
 
 def _backward_impl(dout, dlse, *arguments):
-    *arguments, backend = arguments
-    return registry.implementation("attention", backend).backward(dout, dlse, *arguments)
+    return registry.implementation("attention", arguments[-1]).backward(dout, dlse, *arguments[:-1])
 
 
 def _backward_fake(dout, dlse, q, k, v, *arguments):

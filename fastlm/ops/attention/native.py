@@ -96,9 +96,8 @@ def _inputs(
     """AttentionInputs of csrc/attention/attention.h, in the order that csrc/bindings.cpp takes it."""
     batch, length, heads, width = q.shape
     columns, kv_heads = k.shape[1], k.shape[2]
-    addresses = tuple(pointer(t) for t in (q, k, v, alibi_slopes, cu_seqlens, rng_state))
     return (
-        addresses,
+        (q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(alibi_slopes), pointer(cu_seqlens), pointer(rng_state)),
         (
             *q.stride()[:3],
             *k.stride()[:3],
