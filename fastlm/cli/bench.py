@@ -18,7 +18,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="At most so many rounds of each comparison.")] = 9,
     out: Annotated[Path, typer.Option(help="The folder for report.json and the pictures.")] = Path("bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no torch.compile: under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no torch.compile: a minute or two.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every case of every op, and GPT-2 124M: half an hour.")] = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in processes of their own.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
