@@ -54,7 +54,7 @@ def compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     install = "xcode-select --install" if sys.platform == "darwin" else "apt install g++ (or: dnf install gcc-c++)"
-    raise BuildError(f"fastlm needs a C++17 compiler and found none (looked for c++, g++, clang++). Try: {install}")
+    raise BuildError(f"a C++17 compiler is needed, and c++, g++ and clang++ were not found. Try: {install}")
 
 
 def compiler_version(command: list[str]) -> str:

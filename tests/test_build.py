@@ -209,7 +209,7 @@ class TestIncrementalBuild:
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(toolchain.BuildError, match=r"needs a C\+\+17 compiler and found none"):
+    with pytest.raises(toolchain.BuildError, match=r"a C\+\+17 compiler is needed"):
         toolchain.compiler()
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(toolchain.BuildError, match="no-such-compiler was not found"):
