@@ -31,7 +31,7 @@ void arrive(int id, int threads, bool wait, int predicate, const char* instructi
   } else if (threads == 0 && (b.first.line != site.line || b.first.file != site.file)) {
     fail(site, "__syncthreads in divergent code: this thread is here, others are at %s:%d", b.first.file, b.first.line);
   }
-  char* tag = &b.tags[b.phase];
+  SyncTag* tag = &b.tags[b.phase];
   release(tag);
   b.counted += predicate != 0 ? 1 : 0;
   b.arrived++;

@@ -16,7 +16,7 @@ struct NamedBarrier {
   int counted = 0, count = 0;  // predicates of __syncthreads_count: so far, and of the phase that just completed
   Site first;                  // where the first thread arrived
   std::vector<Thread*> waiting;
-  char tags[2] = {};  // ThreadSanitizer's, for even and odd phases
+  SyncTag tags[2];             // for even and odd phases
 };
 
 void named_barrier_sync(int id, int threads, Site site);

@@ -16,7 +16,7 @@ struct ClusterBarrier {
   int phase = 0;
   int completed = 0;
   std::vector<Thread*> waiting;
-  char tags[2] = {};
+  SyncTag tags[2];
 };
 
 uint32_t cluster_rank();

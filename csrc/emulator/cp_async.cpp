@@ -18,6 +18,16 @@ void CpAsyncGroup::complete() {
   copies.clear();
 }
 
+namespace {
+
+CpAsyncGroup& open_group() {
+  auto& open = current->cp_async.open;
+  if (open == nullptr) open = std::make_shared<CpAsyncGroup>();
+  return *open;
+}
+
+}  // namespace
+
 void cp_async(uint32_t to, const void* from, int bytes, int present, Site site) {
   Ignored ignored;
   enter("cp.async", site);
@@ -28,14 +38,14 @@ void cp_async(uint32_t to, const void* from, int bytes, int present, Site site) 
   if (out_of_bounds(from, static_cast<size_t>(present))) fail(site, "cp.async: the source %p is out of bounds", from);
   kernel_writes(destination, size);
   fill_quietly(destination, kPoison, size);
-  current->cp_async.open->copies.push_back({destination, static_cast<const unsigned char*>(from), bytes, present});
+  open_group().copies.push_back({destination, static_cast<const unsigned char*>(from), bytes, present});
 }
 
 void cp_async_commit(Site site) {
   Ignored ignored;
   enter("cp.async.commit_group", site);
+  open_group();
   current->cp_async.committed.push_back(std::move(current->cp_async.open));
-  current->cp_async.open = std::make_shared<CpAsyncGroup>();
 }
 
 void cp_async_wait(int groups, Site site) {
@@ -44,20 +54,21 @@ void cp_async_wait(int groups, Site site) {
   auto& committed = current->cp_async.committed;
   while (static_cast<int>(committed.size()) > groups) {
     committed.front()->complete();
-    committed.pop_front();
+    committed.erase(committed.begin());
   }
 }
 
 void cp_async_wait_all(Site site) {
   cp_async_wait(0, site);
   Ignored ignored;
-  current->cp_async.open->complete();
+  open_group().complete();
 }
 
 void cp_async_arrive(uint32_t mbarrier, Site site) {
   Ignored ignored;
   enter("cp.async.mbarrier.arrive.noinc", site);
   check_mbarrier(mbarrier, site);
+  open_group();
   CpAsyncQueue& queue = current->cp_async;
   std::vector<std::shared_ptr<CpAsyncGroup>> earlier(queue.committed.begin(), queue.committed.end());
   earlier.push_back(queue.open);

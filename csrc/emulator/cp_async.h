@@ -2,7 +2,6 @@
 // then their destination is poison. They happen as late as possible: in the wait itself, or when an mbarrier needs them.
 #pragma once
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -21,8 +20,8 @@ struct CpAsyncGroup {
 };
 
 struct CpAsyncQueue {
-  std::shared_ptr<CpAsyncGroup> open = std::make_shared<CpAsyncGroup>();
-  std::deque<std::shared_ptr<CpAsyncGroup>> committed;
+  std::shared_ptr<CpAsyncGroup> open;  // null: nothing since the last commit
+  std::vector<std::shared_ptr<CpAsyncGroup>> committed;
 };
 
 void cp_async(uint32_t to, const void* from, int bytes, int present, Site site);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "emulator/sanitizer.h"
 
@@ -44,6 +45,10 @@ constexpr int kSavedRegisters = 6;
 
 Fiber* switched_from = nullptr;  // for AddressSanitizer: the program's own stack is known only once it was left
 
+// ThreadSanitizer gives a destroyed fiber's identity to the next one, and takes the accesses of both for one thread's.
+// So the fibers of a launch live until the next launch.
+std::vector<void*>& retired = *new std::vector<void*>;
+
 char* new_stack() {
   void* p = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::runtime_error("the CUDA emulator: no memory for a thread's stack");
@@ -52,28 +57,31 @@ char* new_stack() {
 }
 
 // ThreadSanitizer remembers who used this memory; new pages and a new fiber make it forget the stack's last owner.
-void forget_last_owner(Fiber& fiber) {
+// A new fiber costs it a millisecond. Where the last one is used again (!fresh), it believes that the new thread follows
+// on the stack's last owner, and sees no race between these two.
+void forget_last_owner(Fiber& fiber, bool fresh) {
   mmap(fiber.stack, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   if (fiber.tsan_fiber != nullptr && fiber.finished) {
     void* self = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber.tsan_fiber, kNoSynchronisation);
     end_ignoring();  // a fiber must not be destroyed while it ignores
     __tsan_switch_to_fiber(self, kNoSynchronisation);
-    __tsan_destroy_fiber(fiber.tsan_fiber);
+    if (!fresh) return;
+    retired.push_back(fiber.tsan_fiber);
   }
   fiber.tsan_fiber = __tsan_create_fiber(0);
 }
 
 }  // namespace
 
-void prepare(Fiber& fiber, void (*entry)(), unsigned colour) {
+void prepare(Fiber& fiber, void (*entry)(), unsigned colour, bool fresh) {
   if (fiber.stack == nullptr) {
     fiber.stack = new_stack();
     fiber.bottom = fiber.stack;
     fiber.size = kStack;
   }
-  allow(fiber.stack, kStack);
-  if (tsan()) forget_last_owner(fiber);
+  if (!fiber.finished) allow(fiber.stack, kStack);  // its last user was abandoned in the middle of a function
+  if (tsan()) forget_last_owner(fiber, fresh);
   fiber.finished = false;
   fiber.asan_stack = nullptr;
   // Stacks lie at multiples of a power of two; a different offset for each keeps their tops out of the same cache sets.
@@ -86,6 +94,8 @@ void prepare(Fiber& fiber, void (*entry)(), unsigned colour) {
 }
 
 void adopt_caller(Fiber& fiber) {
+  for (void* old : retired) __tsan_destroy_fiber(old);
+  retired.clear();
   if (tsan()) fiber.tsan_fiber = __tsan_get_current_fiber();
 }
 

@@ -14,12 +14,13 @@ struct Fiber {
   bool finished = false;  // its next switch is its last
 };
 
-// Gives the fiber a fresh stack, on which `entry` will run. `entry` begins with fiber_started() and never returns.
-void prepare(Fiber& fiber, void (*entry)(), unsigned colour);
+// Gives the fiber an empty stack, on which `entry` will run. `entry` begins with fiber_started() and never returns.
+// fresh: for ThreadSanitizer it has nothing to do with what ran on this stack before.
+void prepare(Fiber& fiber, void (*entry)(), unsigned colour, bool fresh);
 void fiber_started();
 // Goes from the running fiber, which must be `from`, to `to`. Returns when somebody switches back.
 void switch_fiber(Fiber& from, Fiber& to);
-// The fiber of whoever calls this outside every emulated thread.
+// A launch begins: the fiber of whoever calls this, outside every emulated thread.
 void adopt_caller(Fiber& fiber);
 
 }  // namespace fastlm::emulator

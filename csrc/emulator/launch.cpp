@@ -13,6 +13,7 @@ namespace fastlm::emulator {
 namespace {
 
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kFreshThreads = 1024;  // of a launch, see forget_last_owner: enough for several small blocks
 
 // Everything that is used again by later blocks and launches: stacks and shared memory are expensive to make.
 struct Pool {
@@ -26,10 +27,11 @@ struct Grid {
   const std::function<void()>* thread;
   std::vector<uint64_t> order;  // of the clusters
   size_t started = 0;
+  size_t threads = 0;  // begun
   size_t at_a_time = 1;  // clusters that run together, as long as they do not wait for others
   size_t limit = 1;
   std::vector<Cluster*> resident;
-  char begun = 0, ended = 0;  // ThreadSanitizer's tags
+  SyncTag begun, ended;
 };
 Grid* grid = nullptr;
 
@@ -81,7 +83,7 @@ void start_block(Block& block, uint3 index) {
     t->warp->index = static_cast<int>(i / 32);
     t->warp->live |= 1u << t->lane;
     t->warp->registers = initial_registers(static_cast<int>(threads));
-    prepare(t->fiber, run_thread, i);
+    prepare(t->fiber, run_thread, i, grid->threads++ < kFreshThreads);
     block.threads.push_back(t);
     enlist(t);
   }
@@ -145,7 +147,7 @@ std::string retire_ended() {
 void run_grid() {
   for (;;) {
     while (grid->started < grid->order.size() && grid->resident.size() < grid->at_a_time) start_cluster();
-    if (grid->resident.empty()) return;
+    if (grid->resident.empty()) return finish_events();
     const Pause pause = run_threads();
     if (pause == Pause::error) throw LaunchError(schedule_error());
     if (pause == Pause::block_wanted) start_cluster();
@@ -170,15 +172,12 @@ void check(const LaunchConfig& c) {
   if (c.shared > kSharedLimit) throw LaunchError("invalid configuration: a block has at most 232448 bytes of shared memory");
 }
 
-// A failed launch leaves threads in the middle of their code; their stacks are not used again.
+// A failed launch leaves threads in the middle of their code. Their stacks are used again without being unwound: what
+// the kernel's objects own is lost, and kernels own nothing.
 void abandon() {
   current = nullptr;
   drop_schedule();
-  for (Cluster* cluster : grid->resident) {
-    for (auto& block : cluster->blocks) {
-      if (block->shared.data != nullptr) allow(block->shared.data, kArena);
-    }
-  }
+  while (!grid->resident.empty()) recycle(grid->resident.back());
 }
 
 }  // namespace

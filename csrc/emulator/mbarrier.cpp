@@ -68,6 +68,7 @@ void arrive(uint32_t address, uint32_t count, uint32_t bytes, const char* instru
   add_bytes(m, bytes, site);
   take_arrivals(m, count, site);
   check_phase(*place.block, place.offset, m);
+  preempt();  // what follows may come late
 }
 
 }  // namespace

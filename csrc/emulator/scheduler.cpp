@@ -20,7 +20,7 @@ struct Event {
   Site site;
   std::function<void()> run;
   uint3 thread, block;   // whose instruction it was, for error messages
-  char happened_before;  // ThreadSanitizer's tag
+  SyncTag happened_before;
 };
 
 struct Scheduler {
@@ -35,6 +35,7 @@ struct Scheduler {
   int fruitless_polls = 0;
   Pause pause = Pause::idle;
   std::string error;
+  SyncTag events_done;
   void* event_fiber = nullptr;  // ThreadSanitizer's: asynchronous work is nobody's thread
 };
 Scheduler& s = *new Scheduler;  // never destroyed: nothing of this runs at exit
@@ -65,6 +66,7 @@ void run_as_nobody(Event& event) {
   begin_ignoring();
   acquire(&event.happened_before);
   event.run();
+  release(&s.events_done);
   end_ignoring();
   __tsan_switch_to_fiber(self, kNoSynchronisation);
 }
@@ -199,7 +201,7 @@ void poll() {
 void note_progress() { s.progress++; }
 
 void defer(Block* into, Site site, std::function<void()> event) {
-  s.events.push_back(std::make_unique<Event>(Event{into, site, std::move(event), threadIdx, blockIdx, 0}));
+  s.events.push_back(std::make_unique<Event>(Event{into, site, std::move(event), threadIdx, blockIdx, {}}));
   release(&s.events.back()->happened_before);
 }
 
@@ -247,6 +249,11 @@ void thread_ended() {
     schedule();
   }
   __builtin_trap();  // an ended thread is never ready again
+}
+
+void finish_events() {
+  while (!s.events.empty()) run_event(0);
+  acquire(&s.events_done);
 }
 
 void drop_schedule() {

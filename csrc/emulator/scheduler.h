@@ -40,6 +40,7 @@ Pause run_threads();
 void enlist(Thread* thread);  // a new thread, ready to run
 void dismiss_block(const Block* block);
 void thread_ended();  // the current thread has nothing left to do; does not return
+void finish_events();  // those that outlive their blocks, such as a store's write to global memory
 void drop_schedule();
 const std::string& schedule_error();
 std::string describe_schedule();

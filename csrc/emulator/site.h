@@ -10,4 +10,9 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
+// What ThreadSanitizer remembers about one point of synchronisation is kept by address, for eight bytes at a time.
+struct alignas(8) SyncTag {
+  char bytes[8] = {};
+};
+
 }  // namespace fastlm::emulator

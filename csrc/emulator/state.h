@@ -31,7 +31,7 @@ struct Warp {
   Block* block = nullptr;
   int index = 0;
   uint32_t live = 0;  // lanes that have not exited
-  char synchronised = 0;  // ThreadSanitizer's tag of __syncwarp
+  SyncTag synchronised;  // by __syncwarp
   std::vector<Rendezvous> rendezvous;
   Wgmma wgmma;
   int registers = 0;  // that each of its threads may use

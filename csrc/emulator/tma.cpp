@@ -231,7 +231,7 @@ void bulk_wait(int groups, bool only_read, Site site) {
     for (const auto& store : committed[static_cast<size_t>(i)]) only_read ? store->read_shared() : store->write_global();
   }
   // Groups whose global writes are still to come stay, for a later wait without .read.
-  while (!committed.empty() && static_cast<int>(committed.size()) > groups && !only_read) committed.pop_front();
+  if (!only_read && done > 0) committed.erase(committed.begin(), committed.begin() + done);
 }
 
 // Publishes every thread's ordinary writes, where the hardware publishes the calling thread's (with those that it has

@@ -2,7 +2,6 @@
 // (cp.async.bulk), loads that an mbarrier counts, stores and reductions in groups that a thread waits for.
 #pragma once
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -16,7 +15,7 @@ struct BulkStore;  // tma.cpp
 struct BulkGroups {
   using Group = std::vector<std::shared_ptr<BulkStore>>;
   Group open;
-  std::deque<Group> committed;
+  std::vector<Group> committed;
 };
 
 enum class BulkReduction : uint8_t { none, add, min, max };

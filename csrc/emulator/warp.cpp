@@ -45,7 +45,7 @@ void with_warp(const char* instruction, uint32_t mask, void* argument, Site site
 
 void syncwarp(uint32_t mask, Site site) {
   Ignored ignored;
-  char* tag = &current->warp->synchronised;
+  SyncTag* tag = &current->warp->synchronised;
   release(tag);
   with_warp("__syncwarp", mask, tag, site, [](const LaneArguments&) {});
   acquire(tag);

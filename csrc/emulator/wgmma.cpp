@@ -225,7 +225,7 @@ void wgmma_commit(Site site) {
 
 void wgmma_wait(int groups, Site site) {
   Ignored ignored;
-  char* tag = &current->warp->synchronised;
+  SyncTag* tag = &current->warp->synchronised;
   with_warp("wgmma.wait_group", kAllLanes, tag, site, [&](const LaneArguments&) {
     Wgmma& state = current->warp->wgmma;
     while (static_cast<int>(state.committed.size()) > groups) {

@@ -134,10 +134,12 @@ __global__ void last_block(const uint32_t* in, uint32_t* out) {
   out[2 + 32 * blockIdx.x + threadIdx.x] = 2 * in[32 * blockIdx.x + threadIdx.x];
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last[0] = atomicAdd(out + 1, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    last[0] = atomicAdd(out + 1, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!last[0]) return;
-  __threadfence();
   uint32_t sum = 0;
   for (unsigned b = 0; b < gridDim.x; b++) sum += out[2 + 32 * b + threadIdx.x];
   sum = __reduce_add_sync(0xffffffffu, sum);
