@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
-from fastlm.ops import linear_cross_entropy, native
+from fastlm.ops import linear_cross_entropy, native, workspace
 from fastlm.ops.linear_cross_entropy import native as cpu
+from fastlm.ops.linear_cross_entropy import reference
 
 if native.cpu_unavailable() is not None:
     pytest.skip(str(native.cpu_unavailable()), allow_module_level=True)
+
+
+class Made(TorchDispatchMode):
+    """The bytes of every memory that an operation made or used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor):
+                self.bytes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return result
 
 
 def block(logits: Tensor, targets: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,3 +101,18 @@ def test_blocks_and_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     for a, b in zip(whole, results(), strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * a.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_block_of_logits_is_all_there_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor is larger than a block, and the block is one and the same memory."""
+    workspace.release()
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 1 << 17)
+    x, weight, targets = torch.randn(1000, 4).to(dtype), torch.randn(2000, 4).to(dtype), torch.randint(0, 2000, (1000,))
+    with Made() as made:
+        loss, lse, _, _ = cpu.forward(x, weight, targets, "mean", -100, 0.1, 1e-3, 5.0, [True, True])
+        cpu.backward(torch.ones(1000), x, weight, targets, torch.zeros(1000), -100, 0.1, 1e-3, 5.0, [True, True])
+    large = {storage for storage, size in made.bytes.items() if size > 2000 * 4 * 4}
+    assert len(large) == 1 and (1 << 16) <= max(made.bytes.values()) <= 1 << 17
+    assert loss.isfinite() and lse.numel() == 0
+    workspace.release()

@@ -55,10 +55,11 @@ void one_row(const CrossEntropyBlock& p, int64_t row, float* scratch) {
   const Statistics statistics = read_row(p, logits, z);
   const float at_target = z[target];
 
-  float shift = p.lse[row], inverse = 1.0f;  // softmax(z) = exp(z - shift) * inverse
-  if (p.loss != nullptr) {
-    const float sum = sum_of_exponentials(z, p.cols, statistics.highest);
-    shift = statistics.highest;
+  float shift = statistics.highest, inverse = 1.0f;  // softmax(z) = exp(z - shift) * inverse
+  if (p.loss == nullptr) {
+    shift = p.lse[row];
+  } else {
+    const float sum = sum_of_exponentials(z, p.cols, shift);
     inverse = 1.0f / sum;
     const double log_sum = std::log(static_cast<double>(sum)), lse = log_sum + shift;
     const double smooth = p.label_smoothing;

@@ -141,7 +141,7 @@ class _Work:
         elif exact:
             self.dweight.addmm_(dlogits.T, x)
         else:
-            step = max(1, _SLICE_BYTES // (x.shape[1] * x.element_size()))
+            step = max(1, _SLICE_BYTES // max(1, x.shape[1] * x.element_size()))
             for total, d in zip(self.dweight.split(step), dlogits.split(step, 1), strict=True):
                 product = d.T @ x
                 total.copy_(product) if first else total.add_(product)

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastlm.ops.checks import autocast_off, statistics_dtype
 
 # Bytes of one block of logits. Each block reads the weights twice and reads and writes dweight once, so a block must
-# have many rows; yet the logits should stay near the cache. Head 1024 x 768 x 50304, float32, on 2 cores (rows of a
-# block: ms for the three matrix products and the softmax): 64: 9283, 128: 4687, 256: 3906, 512: 4027, 1024: 4048.
+# have many rows; yet there should be little of it beside the inputs and the gradients. The three matrix products of the
+# head 1024 x 768 x 50304 in float32, on one core of an Ice Lake Xeon (rows of a block: ms of CPU time, best of 4):
+# 128: 1982, 192: 1902, 208: 1999, 256: 1974, 512: 1909, 1024: 1879. With 64 and fewer the products alone double.
 BLOCK_BYTES = 48 << 20
 MAX_ROWS = 4096  # with a small vocabulary a block of 48 MB would be most of the batch, to no gain
 
