@@ -262,8 +262,10 @@ def test_bad_input() -> None:
         call(x, weight.bfloat16(), targets)
     with pytest.raises(ValueError, match=r"weight is on meta, but x is on cpu"):
         call(x, weight.to("meta"), targets)
-    with pytest.raises(ValueError, match=r"the vocabulary is empty: weight has shape \(0, 16\)"):
+    with pytest.raises(ValueError, match=r"weight must not be empty, got shape \(0, 16\)"):
         call(x, weight[:0], targets)
+    with pytest.raises(ValueError, match=r"weight must not be empty, got shape \(33, 0\)"):
+        call(x[:, :0], weight[:, :0], targets)
     with pytest.raises(ValueError, match=r"reduction must be one of mean, sum, none, got 'average'"):
         call(x, weight, targets, reduction="average")
     with pytest.raises(ValueError, match=r"label_smoothing must be between 0 and 1, got 1.5"):

@@ -204,5 +204,9 @@ def test_bad_input() -> None:
         linear_act(x.long(), fc_weight, activation="relu")
     with pytest.raises(ValueError, match=r"x must have at least one dimension"):
         linear_act(x[0, 0], fc_weight, activation="relu")
+    with pytest.raises(ValueError, match=r"weight must not be empty, got shape \(0, 8\)"):
+        linear_act(x, fc_weight[:0], activation="relu")
+    with pytest.raises(ValueError, match=r"proj_weight must not be empty, got shape \(0, 12\)"):
+        mlp(x, fc_weight, fc_bias, proj_weight[:0], None)
     with pytest.raises(ValueError, match=r"weight is on meta, but x is on cpu"):
         linear_act(x, fc_weight.to("meta"), activation="relu")

@@ -92,8 +92,8 @@ def _prepare(
             f"{op}: weight must have shape (V, C), C = {x.shape[-1]} as in x of shape {tuple(x.shape)},"
             f" got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{op}: the vocabulary is empty: weight has shape {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: weight must not be empty, got shape {tuple(weight.shape)}")
     checks.shape(op, "targets", targets, x.shape[:-1], "that of x without its last dimension")
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets must be int64, got {targets.dtype}")

@@ -84,6 +84,8 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefi
             f"{op}: {name} must have shape ({'2F' if gated else 'F'}, C), C = {x.shape[-1]} as in x of shape"
             f" {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: {name} must not be empty, got shape {tuple(weight.shape)}")
     if gated and weight.shape[0] % 2:
         raise ValueError(f"{op}: {name} of a gated activation must have an even number of rows, got {weight.shape[0]}")
     if bias is not None:
@@ -130,6 +132,8 @@ def _prepare_mlp(
             f"mlp: proj_weight must have shape (C_out, F), F = {hidden} as {rows} of fc_weight,"
             f" got {tuple(proj_weight.shape)}"
         )
+    if proj_weight.shape[0] == 0:
+        raise ValueError(f"mlp: proj_weight must not be empty, got shape {tuple(proj_weight.shape)}")
     if proj_bias is not None:
         checks.shape("mlp", "proj_bias", proj_bias, (proj_weight.shape[0],), "(C_out)")
     checks.same_device("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
