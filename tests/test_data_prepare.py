@@ -282,8 +282,8 @@ class TestStandardLibrary:
 
     def test_the_cap_moves_no_file_to_the_other_side(self, tmp_path: Path) -> None:
         for i in range(300):
-            (tmp_path / f"m{i}.py").write_text(f"x = {i}\n" * 10)
-        small, large, whole = (stdlib_documents(n, root=tmp_path) for n in (8_000, 16_000, None))
+            (tmp_path / f"m{i}.py").write_text(f"variable = {i}\n" * 10)
+        small, large, whole = (stdlib_documents(n, root=tmp_path) for n in (15_000, 30_000, None))
         for side in (0, 1):
             few, more, every = ({d.name for d in part[side]} for part in (small, large, whole))
             assert few < more < every
@@ -294,6 +294,7 @@ class TestStandardLibrary:
         for name in ("a.py", "copy.py", "b.py", "site-packages/c.py", "test/d.py", "__pycache__/e.py", "pkg/f.py"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("same" if name in ("a.py", "copy.py") else name)
+        (tmp_path / "table.py").write_text("codes = [1, 2, 3, 4, 5, 6]")
         (tmp_path / "bad.py").write_bytes(b"# caf\xe9")
         (tmp_path / "latin.py").write_bytes("# coding: latin-1\n# café".encode("latin-1"))
         train, val = stdlib_documents(root=tmp_path)

@@ -130,13 +130,13 @@ def demo(
 
         report(result, run, console)
     _score(run, console)
-    _sample(run, "def " if data is None else "", seed, console)
+    _sample(run, "    def __init__(self" if data is None else "", seed, console)
     console.print(
         f"\nrun folder: {run}  (loss.png, log.jsonl, config.toml, tokenizer/, checkpoints/)",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"go on: fastlm generate {run} --prompt 'class '", highlight=False, soft_wrap=True)
+    console.print(f"go on: fastlm generate {run} --prompt '    def'", highlight=False, soft_wrap=True)
 
 
 def _free_folder(parent: Path, name: str) -> Path:

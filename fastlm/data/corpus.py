@@ -16,17 +16,18 @@ SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "encodings", "pydoc_data",
 }  # fmt: skip
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+LETTERS = 2 / 3  # a file with fewer letters among its visible characters is a table (html/entities.py, locale.py)
 VAL_FRACTION = 0.06
 
 
 def stdlib_documents(
     max_bytes: int | None = None, root: str | Path | None = None
 ) -> tuple[list[Document], list[Document]]:
-    """(train, val) documents: the .py files of the standard library, identical files once, in an order given by
-    their hash.
+    """(train, val) documents: the .py files of the standard library, in an order given by their hash.
 
-    A file goes to validation by a hash of its text, so neither the order of the files nor the cap moves one to the
-    other side.
+    Identical files are taken once, and tables of data are left out.
+
+    A file goes to validation by a hash of its text: neither the order nor the cap moves one to the other side.
 
     Args:
         max_bytes: take files until there is this much text; None: all of them.
@@ -67,4 +68,5 @@ def _read_source(path: Path) -> str:
         text.encode()
     except (OSError, UnicodeError, SyntaxError):
         return ""
-    return text
+    visible = sum(not c.isspace() for c in text)
+    return text if sum(c.isalpha() for c in text) >= LETTERS * visible else ""

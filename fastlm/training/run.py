@@ -11,10 +11,12 @@ run/
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import fastlm
 from fastlm.data import TokenData, Tokenizer, WindowLoader, dataset_tokenizer
@@ -22,9 +24,10 @@ from fastlm.data.loader import read_manifest
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints
 from fastlm.training.config import RunConfig, config_to_toml, load_config
+from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
 from fastlm.training.plot import plot_losses
-from fastlm.training.progress import Display, make_display
+from fastlm.training.progress import Display, PlainDisplay, make_display
 from fastlm.training.trackers import check_installed, make_trackers
 from fastlm.training.trainer import Trainer, TrainResult, resolve_device
 
@@ -32,7 +35,7 @@ CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
 
 
 def start_run(config: RunConfig, run: str | Path, *, display: Display | None = None) -> TrainResult:
-    """Train from scratch into a new run folder.
+    """Train from scratch into a new run folder. Under torchrun all processes call it, and the first one writes.
 
     Raises:
         FileExistsError: the folder is not empty: a run is never overwritten.
@@ -41,33 +44,31 @@ def start_run(config: RunConfig, run: str | Path, *, display: Display | None = N
     run = Path(run)
     check_free(run)
     check_installed(config.logging)
-    torch.manual_seed(config.training.seed)
-    train, val, tokenizer = _open_data(config)
-    model_config = make_model_config(config, tokenizer)
-    config.model = model_config.to_dict()  # what the presets and the tokenizer came to
-    device = resolve_device(config.training.device)
-    train_loader, val_loader = _loaders(config, train, val, model_config.block_size)
-    model = GPT(model_config).to(device)
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run / "tokenizer")
-    (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
-    journal = Journal(run / LOG)
-    trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
-    trainer = Trainer(
-        model, tokenizer, config, train_loader, val_loader,
-        run=run, journal=journal, display=display or make_display(), trackers=trackers,
-    )  # fmt: skip
-    journal.write("start", step=0, **_about(trainer))
-    return _fit(trainer, run)
+    with processes(config.training.device) as (group, device):
+        torch.manual_seed(config.training.seed)  # the same weights on every process
+        data = _Data(config, group)
+        model_config = make_model_config(config, data.tokenizer)
+        config.model = model_config.to_dict()  # what the presets and the tokenizer came to
+        torch_device = resolve_device(device)
+        loaders = data.loaders(model_config.block_size)
+        model = GPT(model_config).to(torch_device)
+        torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
+        group.barrier()  # every process has seen that the folder is free
+        if group.is_first:
+            run.mkdir(parents=True, exist_ok=True)
+            data.tokenizer.save(run / "tokenizer")
+            (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+        trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display)
+        trainer.journal.write("start", step=0, **_about(trainer))
+        return _fit(trainer, run)
 
 
 def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Display | None = None) -> TrainResult:
     """Go on with a run from its newest checkpoint, as if it had never stopped.
 
     Args:
-        overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the
-            run that was
-            never stopped, on the same machine and with the same number of threads.
+        overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the run
+            that was never stopped, on the same machine, with the same numbers of processes and threads.
 
     Raises:
         FileNotFoundError, ValueError: no run, no whole checkpoint, or other data than the run was started with.
@@ -77,32 +78,20 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
         raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
     config = load_config(run / CONFIG, overrides)
     check_installed(config.logging)
-    checkpoints = find_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew"
-        )
-    checkpoint = checkpoints[-1]
-    if checkpoint.step >= config.training.steps:
-        raise ValueError(
-            f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
-            "to train longer, set training.steps higher"
-        )
-    train, val, tokenizer = _open_data(config)
-    model = GPT.from_pretrained(checkpoint.model_path).to(resolve_device(config.training.device))
-    if model.config != GPTConfig.from_dict(config.model):
-        raise ValueError(f"the checkpoint {checkpoint.path} is of another model than the one in {run / CONFIG}")
-    train_loader, val_loader = _loaders(config, train, val, model.config.block_size)
-    journal = Journal(run / LOG, keep_until_step=checkpoint.step)
-    trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
-    trainer = Trainer(
-        model, tokenizer, config, train_loader, val_loader,
-        run=run, journal=journal, display=display or make_display(), trackers=trackers,
-    )  # fmt: skip
-    trainer.load_checkpoint(checkpoint)
-    (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
-    journal.write("resume", step=checkpoint.step, **_about(trainer))
-    return _fit(trainer, run)
+    checkpoint = _checkpoint_to_resume(run, config)
+    with processes(config.training.device) as (group, device):
+        data = _Data(config, group)
+        model = GPT.from_pretrained(checkpoint.model_path).to(resolve_device(device))
+        if model.config != GPTConfig.from_dict(config.model):
+            raise ValueError(f"the checkpoint {checkpoint.path} is of another model than the one in {run / CONFIG}")
+        loaders = data.loaders(model.config.block_size)
+        group.barrier()  # every process has found the checkpoint before the first one goes on
+        trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step)
+        trainer.load_checkpoint(checkpoint)
+        if group.is_first:
+            (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+        trainer.journal.write("resume", step=checkpoint.step, **_about(trainer))
+        return _fit(trainer, run)
 
 
 def choose_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
@@ -139,28 +128,72 @@ def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
     return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
 
 
-def _open_data(config: RunConfig) -> tuple[TokenData, TokenData | None, Tokenizer]:
-    folder = config.data.path
-    if not folder:
-        raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
-    splits = read_manifest(folder)["splits"]
-    if "train" not in splits:
-        raise ValueError(f"the dataset {folder} has no split 'train', it has: {', '.join(splits)}")
-    val = TokenData.open(folder, "val") if "val" in splits else None
-    return TokenData.open(folder, "train"), val, dataset_tokenizer(folder)
+Loaders = tuple[WindowLoader, "WindowLoader | None"]
 
 
-def _loaders(
-    config: RunConfig, train: TokenData, val: TokenData | None, block_size: int
-) -> tuple[WindowLoader, WindowLoader | None]:
-    settings = config.training
-    train_loader = WindowLoader(train, settings.batch_size, block_size, seed=settings.seed, order=config.data.order)
-    if val is None:
-        return train_loader, None
-    try:
-        return train_loader, WindowLoader(val, settings.batch_size, block_size)
-    except ValueError as e:
-        raise ValueError(f"validation split of {config.data.path}: {e}") from None
+class _Data:
+    """The dataset of a run: its splits, its tokenizer, and this process's loaders."""
+
+    def __init__(self, config: RunConfig, group: Processes):
+        self._config, self._group = config, group
+        folder = config.data.path
+        if not folder:
+            raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
+        splits = read_manifest(folder)["splits"]
+        self.train = TokenData.open(folder, "train")
+        self.val = TokenData.open(folder, "val") if "val" in splits else None
+        self.tokenizer = dataset_tokenizer(folder)
+
+    def loaders(self, block_size: int) -> Loaders:
+        """Of the training split and, where there is one, the validation split; ValueError where a text is too short."""
+        settings, group = self._config.training, self._group
+        train = WindowLoader(
+            self.train, settings.batch_size, block_size, seed=settings.seed, order=self._config.data.order,
+            rank=group.rank, world_size=group.world_size,
+        )  # fmt: skip
+        if self.val is None:
+            return train, None
+        try:
+            return train, WindowLoader(self.val, settings.batch_size, block_size)
+        except ValueError as e:
+            raise ValueError(f"validation split of {self._config.data.path}: {e}") from None
+
+
+def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:
+    checkpoints = find_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew"
+        )
+    checkpoint = checkpoints[-1]
+    if checkpoint.step >= config.training.steps:
+        raise ValueError(
+            f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
+            "to train longer, set training.steps higher"
+        )
+    return checkpoint
+
+
+def _trainer(
+    model: GPT,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    loaders: Loaders,
+    run: Path,
+    group: Processes,
+    display: Display | None,
+    keep_until_step: int | None = None,
+) -> Trainer:
+    """The trainer of this process; only the first one has a log, a display and trackers."""
+    if group.is_first:
+        journal = Journal(run / LOG, keep_until_step=keep_until_step)
+        trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
+    else:
+        journal, trackers, display = Journal(os.devnull), [], PlainDisplay(Console(quiet=True))
+    return Trainer(
+        model, tokenizer, config, *loaders,
+        run=run, journal=journal, display=display or make_display(), trackers=trackers, group=group,
+    )  # fmt: skip
 
 
 def _about(trainer: Trainer) -> dict[str, Any]:
@@ -172,6 +205,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
+        "processes": trainer.group.world_size,
         "precision": trainer.precision,
         "parameters": trainer.model.num_parameters(),
         "flops_per_token": trainer.flops_per_token,
@@ -188,4 +222,5 @@ def _fit(trainer: Trainer, run: Path) -> TrainResult:
         for tracker in trainer.trackers:
             tracker.close()
         data = (trainer.val_loader or trainer.train_loader).data
-        plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=data.bytes_per_token)
+        if trainer.group.is_first:
+            plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=data.bytes_per_token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastlm.models.gpt import GPT
 from fastlm.optim import clip_grad_norm
 from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
+from fastlm.training.distributed import Processes
 from fastlm.training.flops import peak_flops
 from fastlm.training.journal import Journal
 from fastlm.training.optimizer import make_optimizer
@@ -50,6 +52,7 @@ class Trainer:
         train, val: where windows come from; without `val` there is no validation.
         run: the run folder.
         journal, display, trackers: where numbers go.
+        group: the processes that train together; the model is the same on all of them.
     """
 
     def __init__(
@@ -64,14 +67,17 @@ class Trainer:
         journal: Journal,
         display: Display,
         trackers: list[Tracker] | None = None,
+        group: Processes | None = None,
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.train_loader, self.val_loader = train, val
         self.journal, self.display, self.trackers = journal, display, trackers or []
+        self.group = group or Processes()
         self.device = model.device
         self.precision = resolve_precision(config.training.precision, self.device)
         model.gradient_checkpointing = config.training.gradient_checkpointing
-        self.forward: Any = torch.compile(model) if config.training.compile else model
+        self.averaging: Any = self.group.wrap(model)
+        self.forward: Any = torch.compile(self.averaging) if config.training.compile else self.averaging
         self.optimizer = make_optimizer(model, config.optimizer, config.training.lr)
         self.writer = CheckpointWriter(
             run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -110,14 +116,15 @@ class Trainer:
                         self.evaluate()
                     if self.config.evaluation.sample_every and self._is_due(self.config.evaluation.sample_every):
                         self.sample()
-                    if stop.received is not None:
-                        reason = stop.received.name
+                    received = self.group.largest(stop.received or 0)
+                    if received:
+                        reason = signal.Signals(received).name
                         break
                     patience = self.config.evaluation.patience
                     if patience and self.evaluations_since_best >= patience:
                         reason = "early stop"
                         break
-                    if time.monotonic() > deadline and self.step < steps:
+                    if self.group.largest(time.monotonic() > deadline) and self.step < steps:
                         reason = "out of time"
                         break
                     if self._is_due(self.config.checkpoint.every) or self._is_new_best():
@@ -125,6 +132,7 @@ class Trainer:
                 if self._saved_at != self.step:
                     self.save()
                 self.writer.wait()
+                self.group.barrier()
         finally:
             self.display.stop()
         speed = trained_tokens / max(trained_seconds, 1e-9)
@@ -138,13 +146,15 @@ class Trainer:
         x, y = self.val_loader.evenly_spaced(self.config.evaluation.windows)
         total = 0.0
         self.model.eval()
+        mine = self.config.training.batch_size * self.group.rank  # each process takes every world_size-th batch
+        stride = self.config.training.batch_size * self.group.world_size
         with torch.no_grad(), self._autocast():
-            for i in range(0, len(x), self.config.training.batch_size):
+            for i in range(mine, len(x), stride):
                 rows = slice(i, i + self.config.training.batch_size)
                 _, loss = self.model(x[rows].to(self.device), y[rows].to(self.device))
                 total += loss.item() * len(x[rows])  # type: ignore[union-attr]
         self.model.train()
-        self.val_loss = total / len(x)
+        self.val_loss = self.group.sum(total)[0] / len(x)
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
             self.best_val_loss, self.evaluations_since_best = self.val_loss, 0
         else:
@@ -155,7 +165,9 @@ class Trainer:
         return self.val_loss
 
     def sample(self) -> str:
-        """A continuation of the prompt, from a generator of its own: training is the same with and without samples."""
+        """The first process continues the prompt, with a generator of its own: training is the same without it."""
+        if not self.group.is_first:
+            return ""
         settings = self.config.evaluation
         begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
         prompt = (begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
@@ -170,7 +182,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step, in the background."""
-        self.writer.save(self.model, self.state_dict(), self.step, self.val_loss)
+        state = self.state_dict()
+        if self.group.is_first:
+            self.writer.save(self.model, state, self.step, self.val_loss)
         self._saved_at = self.step
         self.journal.write("checkpoint", step=self.step)
 
@@ -184,7 +198,7 @@ class Trainer:
             "evaluations_since_best": self.evaluations_since_best,
             "optimizer": self.optimizer.state_dict(),
             "data": self.train_loader.state_dict(),
-            "rng": rng_state(),
+            "rng": self.group.gather(rng_state()),
         }
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -195,7 +209,10 @@ class Trainer:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.train_loader.load_state_dict(state["data"])
-        set_rng_state(state["rng"])
+        if len(state["rng"]) == self.group.world_size:
+            set_rng_state(state["rng"][self.group.rank])
+        else:  # another number of processes: the data go on where they were, dropout is drawn anew
+            torch.manual_seed(self.config.training.seed + self.step + self.group.rank)
 
     def _train_step(self) -> int:
         """One optimizer step over grad_accum batches; returns the number of tokens."""
@@ -206,13 +223,16 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
         position = self.train_loader.samples
-        for _ in range(settings.grad_accum):
+        for i in range(settings.grad_accum):
             x, y = self._to_device(*self.train_loader.next_batch())
-            with self._autocast():
-                _, loss = self.forward(x, y)
-            (loss / settings.grad_accum).backward()
+            last = i == settings.grad_accum - 1
+            with contextlib.nullcontext() if last else self.group.not_yet_averaging(self.averaging):
+                with self._autocast():
+                    _, loss = self.forward(x, y)
+                (loss / settings.grad_accum).backward()
             loss_sum += loss.detach()
-            tokens += x.numel()
+            tokens += x.numel() * self.group.world_size
+        loss_sum = self.group.mean(loss_sum)
         norm, scale = clip_grad_norm(self.model.parameters(), settings.grad_clip or math.inf)
         self.train_loss, self.grad_norm, self.lr = loss_sum.item() / settings.grad_accum, norm.item(), lr
         if not (math.isfinite(self.train_loss) and math.isfinite(self.grad_norm)):
@@ -238,7 +258,8 @@ class Trainer:
 
     def _report_step(self, tokens: int, seconds: float) -> None:
         speed = tokens / max(seconds, 1e-9)
-        mfu = None if self.peak_flops is None else speed * self.flops_per_token / self.peak_flops
+        peak = self.peak_flops and self.peak_flops * self.group.world_size
+        mfu = speed * self.flops_per_token / peak if peak else None
         assert self.train_loss is not None
         self._log(
             "step",
