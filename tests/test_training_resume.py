@@ -79,7 +79,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert weights == (expected.model_path / "model.safetensors").read_bytes()
     state, other = last.load_state(), expected.load_state()
     torch.testing.assert_close(state["optimizer"], other["optimizer"], rtol=0, atol=0)
-    assert torch.equal(state["rng"]["torch"], other["rng"]["torch"])
+    assert torch.equal(state["rng"][0]["torch"], other["rng"][0]["torch"])
     assert state["data"] == other["data"]
 
 
