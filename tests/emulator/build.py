@@ -50,13 +50,12 @@ def cuda_includes() -> list[Path]:
     candidates = [[Path(home) / "include"] for home in homes if home]
     for site in map(Path, sys.path):
         candidates += [[folder] for folder in sorted(site.glob("nvidia/cu[0-9]*/include"))]
-        candidates.append([site / "nvidia/cuda_runtime/include", site / "nvidia/cuda_nvcc/include"])
     for folders in candidates:
-        wanted = ["cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_config.h"]
+        folders = folders + [f / "cccl" for f in folders if (f / "cccl").is_dir()]
+        wanted = ["cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_config.h", "nv/target"]
         if all(any((f / header).is_file() for f in folders) for header in wanted):
-            cccl = [f / "cccl" for f in folders if (f / "cccl").is_dir()]
-            return folders + cccl
-    raise Unavailable("no CUDA headers: neither a toolkit nor the wheels nvidia-cuda-runtime and nvidia-cuda-crt")
+            return folders
+    raise Unavailable("no CUDA headers: neither a toolkit nor the wheels nvidia-cuda-runtime, -crt and -cccl (CUDA 13)")
 
 
 class Ninja:
