@@ -16,7 +16,7 @@ from torch import Tensor
 import fastlm
 from fastlm import ops
 from fastlm.ops import registry
-from fastlm.ops.case import Case, Maker
+from fastlm.ops.case import Case, Maker, all_cases
 
 BACKENDS = registry.NAMES
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,6 +25,11 @@ NO_GRADIENT = frozenset({"alibi_slopes"})  # floating-point arguments that are c
 
 def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def first_cases() -> list[Case]:
+    """One case of each op."""
+    return list({case.op: case for case in reversed(all_cases())}.values())[::-1]
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -100,5 +105,5 @@ def check_case(backend: str, case: Case, dtype: torch.dtype) -> None:
     for name, got, want, text in zip(names, gradients, wanted_gradients, textbook_gradients, strict=True):
         check(f"d{name}", got, want, text, dtype)
     for first, second in zip([*outputs, *gradients], [*again, *gradients_again], strict=True):
-        same = first is None and second is None or torch.equal(first, second)
+        same = (first is None and second is None) or torch.equal(first, second)
         assert same, "two runs differ"

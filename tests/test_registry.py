@@ -18,9 +18,9 @@ X, W = torch.randn(3, 8), torch.ones(8)
 
 
 def test_an_unknown_backend_is_named_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no backend 'cude' \(did you mean 'cuda'\?\); the backends are: auto, cuda"):
-        with fastlm.backend("cude"):
-            pass
+    message = r"no backend 'cude' \(did you mean 'cuda'\?\); the backends are: auto, cuda"
+    with pytest.raises(ValueError, match=message), fastlm.backend("cude"):
+        pass
 
 
 def test_the_setting_nests_and_survives_errors() -> None:
@@ -34,7 +34,8 @@ def test_the_setting_nests_and_survives_errors() -> None:
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
     if torch.cuda.is_available():
         pytest.skip("the point is a machine without a GPU")
-    with fastlm.backend("cuda"), pytest.raises(fastlm.UnsupportedError, match="runs on cuda tensors, and these are on cpu"):
+    message = "runs on cuda tensors, and these are on cpu"
+    with fastlm.backend("cuda"), pytest.raises(fastlm.UnsupportedError, match=message):
         ops.layer_norm(X, W)
 
 

@@ -1,4 +1,4 @@
-"""What a test or benchmark case of an op is. Each op's cases.py lists its own; tests and benchmarks iterate them all."""
+"""What a test or benchmark case of an op is. Each op's cases.py lists its own; tests and benchmarks iterate them."""
 
 from __future__ import annotations
 

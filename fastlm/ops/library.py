@@ -53,7 +53,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
 
 def _on_their_device(implementation: Callable) -> Callable:
-    """Make the tensors' GPU the current one for the call: kernels are launched on, and allocate on, the current device."""
+    """Make the tensors' GPU the current one for the call: kernels are launched, and allocate, on the current device."""
 
     @functools.wraps(implementation)
     def run(*arguments: Any) -> Any:

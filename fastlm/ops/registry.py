@@ -45,7 +45,7 @@ def register(op: str, prepare: Callable[..., tuple], **backends: ModuleType | An
 
 
 def register_backend(name: str, available: Callable[[], str | None], device_type: str | None = None) -> None:
-    """Make a further backend known (the tests add the CUDA emulator). `available` returns None or the reason why not."""
+    """Make a further backend known (the tests add the CUDA emulator). `available` gives None or the reason why not."""
     if name not in NAMES:
         NAMES.append(name)
     _availability[name] = available
