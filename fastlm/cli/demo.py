@@ -32,10 +32,9 @@ class Preset:
     minutes: float
 
 
-# Two cores do about 10^14 to 10^15 FLOPs in three minutes: a model of some two million parameters sees a million and
-# a half tokens. BPE rather than bytes: a token of BPE-2048 stands for three bytes of Python, so the same arithmetic
-# reads three times the text and a window of 128 tokens spans a function. Measured in the same CPU time: see
-# docs/demo.md.
+# Two cores do some 10^13 FLOPs in three minutes: a model of two million parameters sees about a million tokens. BPE
+# rather than bytes: a token stands for three bytes of Python, so the same arithmetic reads three times the text, and a
+# window of 128 tokens spans a function. The measurements are in docs/training.md.
 CPU = Preset(
     vocab_size=2048,
     text_mb=6,
@@ -163,8 +162,9 @@ def _prepare(data: Path | None, run: Path, preset: Preset, console: Console) -> 
     manifest = write_dataset(iter(pieces), run / "data", tokenizer)
     train, held_out = manifest["splits"]["train"], manifest["splits"]["val"]
     what = "the Python standard library's source" if data is None else str(data)
+    megabytes = [split["text_bytes"] / 1e6 for split in (train, held_out)]
     console.print(
-        f"text: {what}; {train['text_bytes'] / 1e6:.2f} MB for training, {held_out['text_bytes'] / 1e6:.2f} held out; "
+        f"text: {what}; {megabytes[0]:.2f} MB for training, {megabytes[1]:.2f} MB held out; "
         f"BPE of {tokenizer.vocab_size:,} tokens, {train['text_bytes'] / train['tokens']:.2f} bytes each",
         highlight=False,
         soft_wrap=True,

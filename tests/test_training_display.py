@@ -1,0 +1,119 @@
+"""What is shown and where numbers go: the live bar, plain lines, the picture, the trackers."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from fastlm.training import start_run
+from fastlm.training.journal import Journal, read_journal
+from fastlm.training.plot import _smoothed, plot_losses
+from fastlm.training.progress import LiveDisplay, PlainDisplay, Speed, make_display
+from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
+
+
+def show(console: Console, seconds: float = 0.0) -> str:
+    display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console, seconds)
+    display.start(10, 20)
+    display.step(11, 3.25, 100)
+    display.evaluation(11, 2.5, 1.5)
+    display.step(12, 3.125, 100)
+    display.note("[a note] in brackets")
+    display.stop()
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_bar_has_loss_validation_speed_and_time_left() -> None:
+    out = show(Console(file=io.StringIO(), force_terminal=True, width=200))
+    for words in ("12/20", "3.125", "val 2.500 (1.50 bits/byte)", "tok/s", "left", "[a note] in brackets"):
+        assert words in out
+
+
+def test_a_log_gets_plain_lines_and_not_one_a_step() -> None:
+    lines = show(Console(file=io.StringIO(), width=40)).splitlines()
+    assert [line.split("  ")[:2] for line in lines[:2]] == [
+        ["step 11/20", "loss 3.250"],
+        ["step 11/20", "validation loss 2.500"],
+    ]
+    assert "[a note] in brackets" in lines
+    assert not any("\x1b" in line for line in lines)
+    assert len(show(Console(file=io.StringIO()), seconds=60).splitlines()) == 2  # the evaluation and the note
+
+
+def test_the_display_fits_the_console() -> None:
+    assert isinstance(make_display(Console(force_terminal=True)), LiveDisplay)
+    assert isinstance(make_display(Console(file=io.StringIO())), PlainDisplay)
+
+
+def test_speed_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fastlm.training.progress.time.perf_counter", lambda: now[0])
+    speed = Speed()
+    speed.start(0)
+    for step in range(1, 5):
+        now[0] += 2
+        speed.update(step, 10)
+    assert (speed.tokens_per_second, speed.steps_per_second) == (5, 0.5)
+    now[0] += 1000  # an evaluation
+    speed.start(4)
+    now[0] += 1
+    speed.update(5, 10)
+    assert (speed.tokens_per_second, speed.steps_per_second) == (10, 1)
+    for step in range(6, 40):  # only the last seconds count
+        now[0] += 5
+        speed.update(step, 10)
+    assert speed.tokens_per_second == pytest.approx(2)
+
+
+def test_the_picture_is_drawn_from_the_log(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "log.jsonl")
+    for step in range(1, 30):
+        journal.write("step", step=step, loss=5 / step)
+    journal.write("eval", step=29, val_loss=1.0)
+    journal.close()
+    plot_losses(tmp_path / "log.jsonl", tmp_path / "a.png", title="t", bytes_per_token=3.0, gzip_bits=2.0)
+    plot_losses(tmp_path / "log.jsonl", tmp_path / "b.png")
+    pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
+    assert all(p.startswith(b"\x89PNG") for p in pictures)
+    assert pictures[0] != pictures[1]
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
+    assert _smoothed([2.0] * 200) == pytest.approx([2.0] * 200)
+    curve = _smoothed([1.0] * 100 + [0.0] * 100)
+    assert curve[99] == pytest.approx(1.0)
+    assert curve[199] < 0.01
+    assert _smoothed([]) == []
+
+
+def test_a_tracker_gets_the_numbers_of_the_log(
+    one_thread: None,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, object]] = []
+    fake = SimpleNamespace(
+        __spec__=SimpleNamespace(),
+        init=lambda **settings: calls.append(("init", settings["project"])),
+        log=lambda values, step: calls.append(("log", (step, values))),
+        finish=lambda: calls.append(("finish", None)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)  # type: ignore[arg-type]
+    config = tiny_config(
+        write_tiny_dataset(tmp_path / "data"),
+        training={"steps": 2},
+        evaluation={"every": 2},
+        logging={"trackio": True, "project": "p"},
+    )
+    start_run(config, tmp_path / "run", display=quiet())
+    losses = [r["loss"] for r in read_journal(tmp_path / "run" / "log.jsonl") if r["kind"] == "step"]
+    assert calls[0] == ("init", "p")
+    assert calls[-1] == ("finish", None)
+    logged = [value for kind, value in calls if kind == "log"]
+    assert [(step, values["step/loss"]) for step, values in logged[:2]] == [(1, losses[0]), (2, losses[1])]  # type: ignore[misc]
+    assert "eval/val_loss" in logged[2][1]  # type: ignore[index]
