@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from fastlm.training import choose_checkpoint, start_run
-from fastlm.training.checkpoint import find_checkpoints
 from fastlm.training.config import config_to_toml
 from fastlm.training.journal import read_journal
 from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
@@ -20,21 +18,27 @@ from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_datas
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def torchrun(*arguments: object) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fastlm",
-        "train",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
-    )
+# Every run of the test in one launch, for the imports of two processes take longer than all of them together.
+DRIVER = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from fastlm.training import load_config, resume_run, start_run
+from tests.training_runs import quiet
+
+dist.init_process_group("gloo")  # one for all runs
+folder = Path(sys.argv[1])
+for name in ("two", "whole", "halves"):
+    start_run(load_config(folder / f"{name}.toml"), folder / name, display=quiet())
+resume_run(folder / "halves", overrides=("training.steps=12",), display=quiet())
+dist.destroy_process_group()
+"""
+
+
+def torchrun(script: Path, *arguments: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -45,12 +49,18 @@ def values(run: Path, kind: str, *names: str) -> list[list[Any]]:
 def test_two_processes_give_the_losses_of_one_and_go_on_exactly(tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path / "data")
     plain = {"dropout": 0.0}
-    one = tiny_config(data, model=plain, training={"batch_size": 8})
-    start_run(one, tmp_path / "one", display=quiet())
+    constant = {"schedule": "constant"}
+    configs = {
+        "two": tiny_config(data, model=plain, training={"batch_size": 4}),
+        "whole": tiny_config(data, training=constant),
+        "halves": tiny_config(data, training={**constant, "steps": 6}),
+    }
+    for name, config in configs.items():
+        (tmp_path / f"{name}.toml").write_text(config_to_toml(config))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    torchrun(tmp_path / "driver.py", tmp_path)
 
-    two = tiny_config(data, model=plain, training={"batch_size": 4})
-    (tmp_path / "two.toml").write_text(config_to_toml(two))
-    torchrun("--config", tmp_path / "two.toml", "--out", tmp_path / "two")
+    start_run(tiny_config(data, model=plain, training={"batch_size": 8}), tmp_path / "one", display=quiet())
     for kind, names in (("step", ("step", "loss", "grad_norm", "lr", "tokens")), ("eval", ("step", "val_loss"))):
         expected = values(tmp_path / "one", kind, *names)
         got = values(tmp_path / "two", kind, *names)
@@ -58,15 +68,8 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(tmp_path: Path) 
         for a, b in zip(got, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
-    # With dropout: what follows the checkpoint of step 6 comes out the same again.
-    (tmp_path / "whole.toml").write_text(config_to_toml(tiny_config(data)))
-    torchrun("--config", tmp_path / "whole.toml", "--out", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    for checkpoint in find_checkpoints(tmp_path / "halves" / "checkpoints"):
-        if checkpoint.step > 6:
-            shutil.rmtree(checkpoint.path)
-    torchrun("--resume", tmp_path / "halves")
-    assert [r["step"] for r in read_journal(tmp_path / "halves" / "log.jsonl") if r["kind"] == "resume"] == [6]
+    # With dropout, which each process draws for itself: six steps and six more are twelve.
+    assert values(tmp_path / "halves", "resume", "step", "processes") == [[6, 2]]
     names = ("step", "loss", "grad_norm")
     assert values(tmp_path / "halves", "step", *names) == values(tmp_path / "whole", "step", *names)
     weights = [choose_checkpoint(tmp_path / r, "last").model_path / "model.safetensors" for r in ("whole", "halves")]

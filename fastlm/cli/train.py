@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def train(
         assert out is not None
         run = out
         result = start_run(load_config(config, overrides), run)
-    report(result, run, Console())
+    report(result, run, Console(quiet=os.environ.get("RANK", "0") != "0"))  # one of torchrun's processes speaks
 
 
 def report(result, run: Path, console) -> None:  # type: ignore[no-untyped-def] # TrainResult, Console: imported late

@@ -81,8 +81,11 @@ def processes(device: str) -> Iterator[tuple[Processes, str]]:
     if on_gpu:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    ours = not dist.is_initialized()  # a program that has its own process group keeps it
+    if ours:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield Processes(dist.get_rank(), world_size), device
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
