@@ -135,7 +135,8 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"go on: fastlm generate {run} --prompt '    def'", highlight=False, soft_wrap=True)
+    prompt = " --prompt '    def'" if data is None else ""
+    console.print(f"go on: fastlm generate {run}{prompt}", highlight=False, soft_wrap=True)
 
 
 def _free_folder(parent: Path, name: str) -> Path:
@@ -276,10 +277,10 @@ def _score(run: Path, console: Console) -> None:
         bytes_per_token=val.bytes_per_token,
         gzip_bits=score.gzip_bits_per_byte,
     )
-    table = Table(
-        title=f"held-out text: {score.text_bytes:,} bytes, {score.tokens:,} tokens, each scored once",
-        title_justify="left",
+    console.print(
+        f"\nheld-out text: {score.text_bytes:,} bytes, {score.tokens:,} tokens, each scored once", highlight=False
     )
+    table = Table()
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_row("untrained (training loss at step 1)", f"{first['loss'] / scale:.3f}")
