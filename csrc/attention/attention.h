@@ -1,6 +1,6 @@
 // Attention, forward and backward (fastlm/ops/attention/__init__.py has the contract):
 //
-//   s[i, j] = softcap * tanh(scale * q_i . k_j / softcap) - slope * |i + S - T - j|     (each part where it is asked for)
+//   s[i, j] = softcap * tanh(scale * q_i . k_j / softcap) - slope * |i + S - T - j|   (each part where asked for)
 //   out_i = sum over the visible j of p[i, j] v_j,   p = softmax(s) with dropout,   lse_i = log sum exp s[i, j]
 //
 // Visible: i + S - T - window_left <= j <= i + S - T + window_right, and both in the same packed sequence.
@@ -14,18 +14,18 @@ struct Strides {
 };
 
 struct AttentionInputs {
-  const void *q, *k, *v;        // (B, T, H, D), (B, S, H_kv, D), (B, S, H_kv, D)
+  const void *q, *k, *v;  // (B, T, H, D), (B, S, H_kv, D), (B, S, H_kv, D)
   Strides q_strides, k_strides, v_strides;
-  const float* alibi_slopes;    // null: none
-  int64_t alibi_batch_stride;   // 0: (H), else (B, H)
-  const int32_t* cu_seqlens;    // null: none
-  int64_t sequences;            // with cu_seqlens: their number
-  const int64_t* rng_state;     // (seed, offset); null: no dropout
-  uint32_t dropout_threshold;   // random words below it are dropped
-  float dropout_scale;          // 1 / (1 - p)
+  const float* alibi_slopes;                             // null: none
+  int64_t alibi_batch_stride;                            // 0: (H), else (B, H)
+  const int32_t* cu_seqlens;                             // null: none
+  int64_t sequences;                                     // with cu_seqlens: their number
+  const int64_t* rng_state;                              // (seed, offset); null: no dropout
+  uint32_t dropout_threshold;                            // random words below it are dropped
+  float dropout_scale;                                   // 1 / (1 - p)
   int64_t batch, rows, columns, heads, kv_heads, width;  // B, T, S, H, H_kv, D
-  int64_t window_left, window_right;  // -1: no bound; causal: window_right = 0
-  float scale, softcap;         // softcap 0: none
+  int64_t window_left, window_right;                     // -1: no bound; causal: window_right = 0
+  float scale, softcap;                                  // softcap 0: none
   DType type;
 };
 
@@ -33,12 +33,12 @@ struct AttentionInputs {
 void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse);
 
 struct AttentionGradients {
-  const void* out;              // (B, T, H, D), contiguous
-  const float* lse;             // (B, H, T)
-  const void* dout;             // (B, T, H, D); null: zero
+  const void* out;   // (B, T, H, D), contiguous
+  const float* lse;  // (B, H, T)
+  const void* dout;  // (B, T, H, D); null: zero
   Strides dout_strides;
-  const float* dlse;            // (B, H, T), contiguous; null: zero
-  void *dq, *dk, *dv;           // contiguous
+  const float* dlse;   // (B, H, T), contiguous; null: zero
+  void *dq, *dk, *dv;  // contiguous
 };
 
 void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g);

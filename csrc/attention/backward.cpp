@@ -1,11 +1,13 @@
-// attention.h on the CPU, backward: the weights are computed again from q, k and lse (Dao: FlashAttention-2, arXiv:2307.08691).
+// attention.h on the CPU, backward: the weights are computed again from q, k and lse (Dao: FlashAttention-2,
+// arXiv:2307.08691).
 //
 //   delta_i = dout_i . out_i - dlse_i            dp[i, j] = keep[i, j] dout_i . v_j
-//   ds[i, j] = p[i, j] (dp[i, j] - delta_i)      dv_j = sum_i keep p dout_i,  dk_j = scale sum_i ds q_i,  dq_i = scale sum_j ds k_j
+//   ds[i, j] = p[i, j] (dp[i, j] - delta_i)
+//   dv_j = sum_i keep p dout_i,   dk_j = scale sum_i ds q_i,   dq_i = scale sum_j ds k_j
 //
 // A task is one head of k and v: it goes through the blocks of rows in order and adds to dk and dv, which nobody else
-// touches. Where there are few heads, the blocks are dealt out to several tasks, each with its own sums, which are added
-// in order at the end. How many follows from the shapes alone.
+// touches. Where there are few heads, the blocks are dealt out to several tasks, each with its own sums, which are
+// added in order at the end. How many follows from the shapes alone.
 #include <cstring>
 
 #include "attention/scores.h"
@@ -36,7 +38,8 @@ struct BackwardBuffers {
 static_assert(kRows == kColumns, "one size serves the rows of q and those of k and v");
 
 // lse and delta of the lanes.
-void read_statistics(const AttentionInputs& p, const AttentionGradients& g, const Lanes& lanes, const BackwardBuffers& buffers) {
+void read_statistics(const AttentionInputs& p, const AttentionGradients& g, const Lanes& lanes,
+                     const BackwardBuffers& buffers) {
   const int64_t stride = padded(p.width);
   const Strides out_strides{p.rows * p.heads * p.width, p.heads * p.width, p.width};
   read_lanes(g.out, p.type, out_strides, lanes, p.width, buffers.dq);  // still free
@@ -54,12 +57,13 @@ void read_statistics(const AttentionInputs& p, const AttentionGradients& g, cons
 }
 
 // Scores and dp to weights (with dropout) and scale * ds. `whole`: these are all the columns that the rows see.
-void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, bool whole, const BackwardBuffers& buffers) {
+void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, bool whole,
+                   const BackwardBuffers& buffers) {
   const Vec scale = set1(p.scale);
   const bool dropout = p.rng_state != nullptr, capped = p.softcap > 0.0f;
   for (int64_t i = 0; i < lanes; i += Vec::size) {
     const Vec lse = load(buffers.lse + i);
-    Vec delta = zero();
+    Vec delta = zero(), total = zero();
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = j * kRows + i;
       const Vec weight = exp_of_score(load(buffers.weights + at) - lse);
@@ -70,10 +74,13 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
         store(buffers.dscores + at, dweight);
       }
       delta = fma(weight, dweight, delta);
+      total += weight;
     }
-    // dout . out is the same sum, but rounded otherwise than dp. For a row that has most of its weight on one column, ds is
-    // the difference of two nearly equal numbers, and that matters; such rows see few columns as a rule.
-    delta = whole ? delta - load(buffers.dlse + i) : load(buffers.delta + i);
+    // dout . out is the same sum, but rounded otherwise than dp. For a row that has most of its weight on one column,
+    // ds is the difference of two nearly equal numbers, and that matters; such rows see few columns as a rule. Divided
+    // by the sum of the weights, which is 1 but for the rounding of lse: with large scores that is much.
+    const Vec mean = if_less(zero(), total, delta / total, zero());
+    delta = whole ? mean - load(buffers.dlse + i) : load(buffers.delta + i);
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = j * kRows + i;
       const Vec weight = load(buffers.weights + at);
@@ -86,8 +93,8 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
 }
 
 // One block of rows: writes its dq, adds to dk and dv (columns x padded(D) floats) of the head.
-void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, const RowBlock& block, const Lanes& lanes,
-                         int64_t kv_head, const BackwardBuffers& buffers, float* dk, float* dv) {
+void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, const RowBlock& block,
+                         const Lanes& lanes, int64_t kv_head, const BackwardBuffers& buffers, float* dk, float* dv) {
   const int64_t stride = padded(p.width), rows = lanes.count;
   read_lanes(p.q, p.type, p.q_strides, lanes, p.width, buffers.q);
   transpose_lanes(buffers.q, lanes, p.width, p.scale, buffers.q_transposed);
@@ -103,11 +110,10 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
     const int64_t columns = std::min(kColumns, block.end_column - j0);
     const bool partial = !sees_all(p, block, j0, columns);
     const Band rows_seen = band_of_rows(p, block, j0), columns_seen = transposed(rows_seen);
-    const View k =
-        rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, Use::often, buffers.k);
+    const View k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, Use::often, buffers.k);
     const View v = rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, Use::once, buffers.v);
-    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q_transposed, kRows, buffers.weights,
-                          kRows, false, columns_seen);
+    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q_transposed, kRows,
+                          buffers.weights, kRows, false, columns_seen);
     finish_scores(p, lanes, j0, columns, partial, buffers.weights, buffers.slope);
     // Where nothing is visible the product may leave dp as it is: zero, since 0 * NaN would be NaN
     if (partial) std::fill(buffers.dscores, buffers.dscores + columns * kRows, 0.0f);
@@ -115,12 +121,12 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
                           buffers.dscores, kRows, false, columns_seen);
     if (p.rng_state != nullptr) dropout_factors(p, lanes, j0, columns, buffers.keep);
     differentiate(p, columns, lanes.padded, columns == block.end_column - block.first_column, buffers);
-    product<Layout::rows>(columns, stride, rows, buffers.weights, kRows, buffers.dout, stride, dv + j0 * stride, stride, true,
-                          {}, columns_seen);
-    product<Layout::rows>(columns, stride, rows, buffers.dscores, kRows, buffers.q, stride, dk + j0 * stride, stride, true,
-                          {}, columns_seen);
-    product<Layout::columns>(rows, stride, columns, buffers.dscores, kRows, k.data, k.stride, buffers.dq, stride, true, {},
-                             rows_seen);
+    product<Layout::rows>(columns, stride, rows, buffers.weights, kRows, buffers.dout, stride, dv + j0 * stride, stride,
+                          true, {}, columns_seen);
+    product<Layout::rows>(columns, stride, rows, buffers.dscores, kRows, buffers.q, stride, dk + j0 * stride, stride,
+                          true, {}, columns_seen);
+    product<Layout::columns>(rows, stride, columns, buffers.dscores, kRows, k.data, k.stride, buffers.dq, stride, true,
+                             {}, rows_seen);
   }
   for (int64_t i = 0; i < rows; ++i) {
     write_row(buffers.dq + i * stride, 1.0f, p.width, g.dq, p.type,

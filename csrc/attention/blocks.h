@@ -1,9 +1,9 @@
 // How attention is cut into blocks on the CPU, and how rows of q, k, v come into the cache as floats.
 //
 // A block has up to kRows query rows, the "lanes", of one batch entry and one head of k and v. Its scores are kept
-// transposed, s[j * kRows + lane]: the maximum and the sum over j of a row are then operations on whole vectors, and
-// q is the only operand that must be turned round, once a block of rows. Where there are few rows (decoding), the lanes are
-// the rows of several query heads that share the head of k and v, so that k and v are read once for all of them.
+// transposed, s[j * kRows + lane]: the maximum and the sum over j of a row are then operations on whole vectors, and q
+// is the only operand that must be turned round, once a block of rows. Where there are few rows (decoding), the lanes
+// are the rows of several query heads that share the head of k and v, so that k and v are read once for all of them.
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -46,7 +46,8 @@ inline std::vector<RowBlock> row_blocks(const AttentionInputs& p) {
     const int64_t heads = std::clamp<int64_t>(kRows / (end_row - row), 1, group);
     for (int64_t head = 0; head < group; head += heads) {
       for (int64_t r = row; r < end_row; r += kRows) {
-        RowBlock block{r, std::min(kRows, end_row - r), head, std::min(heads, group - head), column, end_column, diagonal};
+        RowBlock block{r,       std::min(kRows, end_row - r), head, std::min(heads, group - head), column, end_column,
+                       diagonal};
         const int64_t last_row = r + block.rows - 1;
         if (p.window_left >= 0) block.first_column = std::max(column, r + diagonal - p.window_left);
         if (p.window_right >= 0) block.end_column = std::min(end_column, last_row + diagonal + p.window_right + 1);
@@ -68,8 +69,8 @@ inline int64_t scores_of(const std::vector<RowBlock>& blocks) {
 struct Lanes {
   int64_t batch, count, padded;
   int64_t row[kRows], head[kRows];
-  float position[kRows];  // the column that the row is aligned with
-  float slope[kRows];     // of ALiBi
+  float position[kRows];                              // the column that the row is aligned with
+  float slope[kRows];                                 // of ALiBi
   uint32_t counter_row[kRows], counter_plane[kRows];  // of Philox
 };
 
@@ -91,8 +92,8 @@ inline void set_lanes(const AttentionInputs& p, const RowBlock& block, int64_t b
   }
 }
 
-// For the columns from j0 on: which part of the scores can be visible, as a band around the rows. Rows of several heads have
-// no such order.
+// For the columns from j0 on: which part of the scores can be visible, as a band around the rows. Rows of several heads
+// have no such order.
 inline Band band_of_rows(const AttentionInputs& p, const RowBlock& block, int64_t j0) {
   Band band;
   if (block.heads > 1) return band;
@@ -136,7 +137,8 @@ struct View {
   int64_t stride;
 };
 
-enum class Use { once, often };  // read once as A of a product, or by every tile of it as B: then rows lie close together
+// Read once as A of a product, or by every tile of it as B: then the rows lie close together.
+enum class Use { once, often };
 
 // `count` rows of k or v from row `first` on: the tensor's own memory where that will do, else copied to `buffer`.
 inline View rows_of(const void* tensor, DType type, const Strides& strides, int64_t batch, int64_t head, int64_t first,
@@ -149,7 +151,8 @@ inline View rows_of(const void* tensor, DType type, const Strides& strides, int6
 }
 
 // The lanes' rows of q or dout, and zeros up to a whole number of vectors of lanes.
-inline void read_lanes(const void* tensor, DType type, const Strides& strides, const Lanes& lanes, int64_t width, float* to) {
+inline void read_lanes(const void* tensor, DType type, const Strides& strides, const Lanes& lanes, int64_t width,
+                       float* to) {
   const int64_t stride = padded(width);
   for (int64_t i = 0; i < lanes.count; ++i) {
     const int64_t offset = lanes.batch * strides.batch + lanes.head[i] * strides.head + lanes.row[i] * strides.row;
@@ -208,9 +211,9 @@ constexpr int64_t kKeptFloats = 4 << 20;  // 16 MB a thread
 // Multiply-adds to a thread at the least (about 20 microseconds): below, waking it costs more than it saves.
 constexpr int64_t kLeastWork = 1 << 20;
 
-// body(task, buffer) for each task, with a buffer of `floats` floats; `work`: the multiply-adds of all tasks. A thread takes the
-// next task when it has done one, so that unequal tasks share out well; what a task computes does not depend on who does
-// it.
+// body(task, buffer) for each task, with a buffer of `floats` floats; `work`: the multiply-adds of all tasks. A thread
+// takes the next task when it has done one, so that unequal tasks share out well; what a task computes does not depend
+// on who does it.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t work, int64_t floats, const Body& body) {
   std::atomic<int64_t> next{0};

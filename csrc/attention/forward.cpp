@@ -1,9 +1,10 @@
 // attention.h on the CPU, forward: blocks of rows go through the columns with an online softmax (Milakov, Gimelshein:
 // Online normalizer calculation for softmax, arXiv:1805.02867; Dao: FlashAttention-2, arXiv:2307.08691).
 //
-// Where there are few rows (decoding) or few blocks of rows, the columns are cut into parts, whose results are put together
-// in order. How many parts there are follows from the shapes alone. Tasks are ordered such that the heads of a part follow
-// each other: in memory they lie side by side, and k and v are read nearly from front to back, page by page.
+// Where there are few rows (decoding) or few blocks of rows, the columns are cut into parts, whose results are put
+// together in order. How many parts there are follows from the shapes alone. Tasks are ordered such that the heads of a
+// part follow each other: in memory they lie side by side, and k and v are read nearly from front to back, page by
+// page.
 #include <cmath>
 
 #include "attention/scores.h"
@@ -13,9 +14,9 @@ namespace fastlm::FASTLM_ISA {
 namespace {
 
 constexpr int64_t kWantedTasks = 64;
-constexpr int64_t kPart = 512;        // columns of a part; shorter ones cost more to put together than they save
+constexpr int64_t kPart = 512;  // columns of a part; shorter ones cost more to put together than they save
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kPartOfFew = 128;   // with so few rows: 128 columns of 12 heads of 64 floats are 0.8 MB of k and v
+constexpr int64_t kPartOfFew = 128;  // with so few rows: 128 columns of 12 heads of 64 floats are 0.8 MB of k and v
 
 // The softmax of a block of rows over the columns seen so far: the unnormalised output, the running maximum and sum.
 struct Partial {
@@ -27,7 +28,9 @@ struct Partial {
 };
 
 // In the place of -inf, where a row has seen nothing yet: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
-inline Vec finite(Vec maximum) { return if_less(set1(-kInfinity), maximum, maximum, if_less(maximum, zero(), zero(), maximum)); }
+inline Vec finite(Vec maximum) {
+  return if_less(set1(-kInfinity), maximum, maximum, if_less(maximum, zero(), zero(), maximum));
+}
 
 // Scores to weights exp(s - maximum); `decay` gets the factor on what was summed under the former maximum.
 void online_softmax(int64_t columns, int64_t lanes, float* s, float* maximum, float* sum, float* decay) {
@@ -64,7 +67,9 @@ void scale_rows(int64_t rows, int64_t stride, const float* factors, float* out) 
 
 struct ForwardBuffers {
   float *q, *scores, *keep, *k, *v, *decay;
-  static int64_t floats(int64_t stride) { return kRows * stride + 2 * kRows * kColumns + 2 * kColumns * stride + kRows; }
+  static int64_t floats(int64_t stride) {
+    return kRows * stride + 2 * kRows * kColumns + 2 * kColumns * stride + kRows;
+  }
   ForwardBuffers(float* at, int64_t stride)
       : q(at),
         scores(q + kRows * stride),
@@ -74,8 +79,34 @@ struct ForwardBuffers {
         decay(v + kColumns * stride) {}
 };
 
-void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes, int64_t kv_head, int64_t begin, int64_t end,
-            const ForwardBuffers& buffers, const Partial& result) {
+// With no more lanes than this, a product would fill its vectors of lanes with little: vectors run along D instead.
+constexpr int64_t kDotLanes = 4;
+
+// s[j * kRows + lane] = k_j . q_lane for a few lanes, q as rows of `stride` floats.
+void dot_scores(int64_t columns, const View& k, const float* q, int64_t lanes, int64_t stride, float* s) {
+  for (int64_t j0 = 0; j0 < columns; j0 += Vec::size) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      Vec sums[Vec::size];
+      for (int64_t r = 0; r < Vec::size; ++r) {
+        const float* row = k.data + std::min(j0 + r, columns - 1) * k.stride;
+        sums[r] = zero();
+        for (int64_t d = 0; d < stride; d += Vec::size)
+          sums[r] = fma(load(row + d), load(q + lane * stride + d), sums[r]);
+      }
+      transpose(sums);
+      for (int64_t step = Vec::size / 2; step > 0; step /= 2) {
+        for (int64_t r = 0; r < step; ++r) sums[r] += sums[r + step];
+      }
+      float scores[Vec::size];
+      store(scores, sums[0]);
+      const int64_t count = std::min<int64_t>(Vec::size, columns - j0);
+      for (int64_t r = 0; r < count; ++r) s[(j0 + r) * kRows + lane] = scores[r];
+    }
+  }
+}
+
+void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes, int64_t kv_head, int64_t begin,
+            int64_t end, const ForwardBuffers& buffers, const Partial& result) {
   const int64_t stride = padded(p.width);
   std::fill(result.maximum, result.maximum + lanes.padded, -kInfinity);
   std::fill(result.sum, result.sum + lanes.padded, 0.0f);
@@ -84,16 +115,28 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
     return;
   }
   read_lanes(p.q, p.type, p.q_strides, lanes, p.width, result.out);  // the output's place is still free
-  transpose_lanes(result.out, lanes, p.width, p.scale, buffers.q);
+  const bool dot = lanes.count <= kDotLanes;
+  if (dot) {
+    for (int64_t d = 0; d < lanes.count * stride; d += Vec::size) {
+      store(buffers.q + d, load(result.out + d) * set1(p.scale));
+    }
+    over_block(kColumns, lanes.padded, [&](int64_t j, int64_t i) { store(buffers.scores + j * kRows + i, zero()); });
+  } else {
+    transpose_lanes(result.out, lanes, p.width, p.scale, buffers.q);
+  }
+  const Use use_of_k = dot && p.width != stride ? Use::often : Use::once;
   const Use use_of_v = lanes.count <= kTileRows && p.width == stride ? Use::once : Use::often;
   for (int64_t j0 = begin; j0 < end; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, end - j0);
     const Band band = band_of_rows(p, block, j0);
     float* s = buffers.scores;
-    const View k =
-        rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, Use::once, buffers.k);
-    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q, kRows, s, kRows, false,
-                          transposed(band));
+    const View k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_k, buffers.k);
+    if (dot) {
+      dot_scores(columns, k, buffers.q, lanes.count, stride, s);
+    } else {
+      product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q, kRows, s, kRows, false,
+                            transposed(band));
+    }
     finish_scores(p, lanes, j0, columns, !sees_all(p, block, j0, columns), s, nullptr);
     online_softmax(columns, lanes.padded, s, result.maximum, result.sum, buffers.decay);
     if (p.rng_state != nullptr) {
@@ -101,10 +144,9 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
       multiply(columns, lanes.padded, buffers.keep, s);
     }
     if (j0 > begin) scale_rows(lanes.count, stride, buffers.decay, result.out);
-    const View v =
-        rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_v, buffers.v);
-    product<Layout::columns>(lanes.count, stride, columns, s, kRows, v.data, v.stride, result.out, stride, j0 > begin, {},
-                             band);
+    const View v = rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_v, buffers.v);
+    product<Layout::columns>(lanes.count, stride, columns, s, kRows, v.data, v.stride, result.out, stride, j0 > begin,
+                             {}, band);
   }
 }
 
@@ -173,7 +215,8 @@ void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
     return Partial(partials.get() + index * floats, lanes_of_all, stride);
   };
   for_each_task(places * parts, work, buffers, [&](int64_t task, float* buffer) {
-    const int64_t head = task % p.kv_heads, part = task / p.kv_heads % parts, batch_and_block = task / p.kv_heads / parts;
+    const int64_t head = task % p.kv_heads, part = task / p.kv_heads % parts,
+                  batch_and_block = task / p.kv_heads / parts;
     const RowBlock& block = blocks[batch_and_block % count];
     const int64_t length = ceil_divide(block.end_column - block.first_column, parts * kColumns) * kColumns;
     const int64_t begin = std::min(block.end_column, block.first_column + part * length);

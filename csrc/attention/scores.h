@@ -1,5 +1,5 @@
-// What happens to a block of scores s[j * kRows + lane] between the products: softcap, ALiBi, mask, dropout.
-// Each is a pass of its own over the block, which lies in the first-level cache and took a hundred times as long to make.
+// What happens to a block of scores s[j * kRows + lane] between the products: softcap, ALiBi, mask, dropout. Each is a
+// pass of its own over the block, which lies in the first-level cache and took a hundred times as long to make.
 #pragma once
 #include <limits>
 
@@ -52,8 +52,8 @@ inline void mask(const AttentionInputs& p, const Lanes& lanes, int64_t j0, int64
 }
 
 // From scale q . k to the scores. What was left uncomputed because nothing of it is visible becomes -inf.
-inline void finish_scores(const AttentionInputs& p, const Lanes& lanes, int64_t j0, int64_t columns, bool partial, float* s,
-                          float* slope) {
+inline void finish_scores(const AttentionInputs& p, const Lanes& lanes, int64_t j0, int64_t columns, bool partial,
+                          float* s, float* slope) {
   if (p.softcap > 0.0f) soft_cap(p.softcap, columns, lanes.padded, s, slope);
   if (p.alibi_slopes != nullptr) add_alibi(lanes, j0, columns, s);
   if (partial) mask(p, lanes, j0, columns, s);
@@ -73,7 +73,8 @@ inline void dropout_factors(const AttentionInputs& p, const Lanes& lanes, int64_
         const int64_t j = quad * 4 + w - j0;
         if (j < 0 || j >= columns) continue;
         float* to = keep + j * kRows + i;
-        for (int64_t l = 0; l < Vec::size; ++l) to[l] = random.word[w][l] >= p.dropout_threshold ? p.dropout_scale : 0.0f;
+        for (int64_t l = 0; l < Vec::size; ++l)
+          to[l] = random.word[w][l] >= p.dropout_threshold ? p.dropout_scale : 0.0f;
       }
     }
   }

@@ -37,8 +37,8 @@ constexpr int sums_of(int tile_size) {
 }
 
 template <Layout layout, int R, int V>
-inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                 int64_t ldc, bool accumulate) {
+inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda, const float* b, int64_t ldb,
+                 float* c, int64_t ldc, bool accumulate) {
   constexpr int S = sums_of(R * V);
   Vec sums[S][R][V];
 #pragma GCC unroll 8
@@ -82,8 +82,8 @@ inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t
 }
 
 template <Layout layout, int R, int V = kTileVectors>
-inline void tile_of(int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda, const float* b,
-                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+inline void tile_of(int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda,
+                    const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (V > 1) {
     if (vectors < V) {
       return tile_of<layout, R, V - 1>(vectors, depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
@@ -93,8 +93,8 @@ inline void tile_of(int64_t vectors, int64_t depth_begin, int64_t depth_end, con
 }
 
 template <Layout layout, int R = kTileRows>
-inline void tile_of_rows(int64_t rows, int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda,
-                         const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+inline void tile_of_rows(int64_t rows, int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a,
+                         int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (R > 1) {
     if (rows < R) {
       return tile_of_rows<layout, R - 1>(rows, vectors, depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
@@ -109,8 +109,8 @@ inline void tile_of_rows(int64_t rows, int64_t vectors, int64_t depth_begin, int
 // Vec::size. `wanted`: the band of C that is needed; the rest is left as it is or overwritten with anything.
 // `nonzero`: the band of A that is not zero; the rest is not read.
 template <Layout layout>
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                    float* c, int64_t ldc, bool accumulate, Band wanted = {}, Band nonzero = {}) {
+inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
+                    int64_t ldb, float* c, int64_t ldc, bool accumulate, Band wanted = {}, Band nonzero = {}) {
   constexpr int64_t size = Vec::size;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - r), last = r + count - 1;

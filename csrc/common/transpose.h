@@ -20,7 +20,8 @@ inline void transpose(Vec (&rows)[16]) {
     }
   }
   for (int k = 0; k < 4; ++k) {  // the quarters of columns k, k + 4, k + 8, k + 12
-    const __m512 top_even = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), top_odd = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
+    const __m512 top_even = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88),
+                 top_odd = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
     const __m512 low_even = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88);
     const __m512 low_odd = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
     rows[k].v = _mm512_shuffle_f32x4(top_even, low_even, 0x88);
