@@ -34,9 +34,7 @@ def forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    inputs = _inputs(
-        q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p
-    )
+    inputs = _inputs(q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p)
     native.C.attention_forward(out.data_ptr(), lse.data_ptr(), *inputs)
     return out, lse
 
@@ -64,9 +62,7 @@ def backward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     dout = None if dout is None else _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    inputs = _inputs(
-        q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p
-    )
+    inputs = _inputs(q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p)
     native.C.attention_backward(
         tuple(pointer(t) for t in (out, lse, dout, dlse, dq, dk, dv)),
         (0, 0, 0) if dout is None else dout.stride()[:3],
