@@ -95,11 +95,14 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-@torch.compiler.assume_constant_result
 def unavailable(name: str) -> str | None:
     """None where the backend can run at all on this machine, else the reason why not."""
     check = _availability.get(name)
     return check() if check is not None else None
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import the whole compiler at every start: a second.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not(op: str, name: str, device_type: str, call: tuple) -> str | None:
