@@ -34,7 +34,7 @@ class Preset:
 
 # Two cores do some 10^13 FLOPs in three minutes: a model of two million parameters sees about a million tokens. BPE
 # rather than bytes: a token stands for three bytes of Python, so the same arithmetic reads three times the text, and a
-# window of 128 tokens spans a function. The measurements are in docs/training.md.
+# window of 128 tokens spans a function.
 CPU = Preset(
     vocab_size=2048,
     text_mb=6,
