@@ -111,27 +111,27 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
         or (residual is not None and residual.requires_grad)
     ):
         return _LayerNorm.apply(x, weight, bias, residual, eps, rms, backend)
-    y, h, _, _ = _forward(x, weight, bias, residual, eps, rms, backend)
+    y, h, _ = _forward(x, weight, bias, residual, eps, rms, backend)
     return y if residual is None else (y, h)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, rms, backend):  # type: ignore[override]
-        y, h, mean, rstd = _forward(x, weight, bias, residual, eps, rms, backend)
+        y, h, statistics = _forward(x, weight, bias, residual, eps, rms, backend)
         ctx.has_residual = residual is not None
         ctx.has_bias, ctx.rms, ctx.backend = bias is not None, rms, backend
-        ctx.save_for_backward(h if ctx.has_residual else x, weight, mean, rstd)
+        ctx.save_for_backward(h if ctx.has_residual else x, weight, statistics)
         ctx.set_materialize_grads(False)
         return (y, h) if ctx.has_residual else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh=None):  # type: ignore[override]
-        h, weight, mean, rstd = ctx.saved_tensors
+        h, weight, statistics = ctx.saved_tensors
         if dy is None:  # only h was used
             return dh, None, None, dh, None, None, None
-        dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, mean, rstd, ctx.has_bias, ctx.rms, ctx.backend)
+        dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, statistics, ctx.has_bias, ctx.rms, ctx.backend)
         if ctx.has_residual:
             dresidual = dx if h.dtype == dy.dtype else dresidual
         else:
@@ -144,21 +144,18 @@ def _forward_impl(x, weight, bias, residual, eps, rms, backend):
 
 
 def _forward_fake(x, weight, bias, residual, eps, rms, backend):
-    stats = checks.statistics_dtype(x)
-    leading = x.shape[:-1]
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if residual is None else residual.new_empty(x.shape),
-        x.new_empty((0,) if rms else leading, dtype=stats),
-        x.new_empty(leading, dtype=stats),
+        x.new_empty((1 if rms else 2, *x.shape[:-1]), dtype=checks.statistics_dtype(x)),
     )
 
 
-def _backward_impl(dy, dh, h, weight, mean, rstd, has_bias, rms, backend):
-    return registry.implementation("layer_norm", backend).backward(dy, dh, h, weight, mean, rstd, has_bias, rms)
+def _backward_impl(dy, dh, h, weight, statistics, has_bias, rms, backend):
+    return registry.implementation("layer_norm", backend).backward(dy, dh, h, weight, statistics, has_bias, rms)
 
 
-def _backward_fake(dy, dh, h, weight, mean, rstd, has_bias, rms, backend):
+def _backward_fake(dy, dh, h, weight, statistics, has_bias, rms, backend):
     return (
         dy.new_empty(dy.shape),
         h.new_empty(h.shape if h.dtype != dy.dtype else 0),
@@ -167,16 +164,16 @@ def _backward_fake(dy, dh, h, weight, mean, rstd, has_bias, rms, backend):
     )
 
 
-# y, h (empty without a residual), mean (empty for RMS norm), rstd
+# y, h (empty without a residual), statistics (2, ...): mean and rstd; for RMS norm (1, ...): rstd
 _forward = library.define(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool rms, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _forward_impl,
     _forward_fake,
 )
 # dx, dresidual (empty where h has x's dtype: it is dx then), dweight, dbias (empty without a bias)
 _backward = library.define(
-    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool has_bias,"
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor statistics, bool has_bias,"
     " bool rms, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,

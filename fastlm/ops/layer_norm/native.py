@@ -20,12 +20,14 @@ def unsupported(x, weight, bias, residual, eps, rms) -> str | None:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     # Where sizes are given one by one, or not at all, torch allocates in half the time.
     *leading, cols = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(*leading or ((),), dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    parts = 1 if rms else 2  # rstd; mean and rstd
+    statistics = x.new_empty(parts, *leading, dtype=torch.float32)
+    count = statistics.numel() // parts
+    mean = statistics.data_ptr()
     x, x_stride = rows(x)
     if residual is None:
         h, h_type, residual_stride = x.new_empty(0), x.dtype, 0
@@ -42,9 +44,9 @@ def forward(
         pointer(bias),
         y.data_ptr(),
         0 if residual is None else h.data_ptr(),
-        0 if rms else mean.data_ptr(),
-        rstd.data_ptr(),
-        rstd.numel(),
+        0 if rms else mean,
+        mean if rms else mean + 4 * count,
+        count,
         cols,
         x_stride,
         residual_stride,
@@ -55,7 +57,7 @@ def forward(
         DTYPE_CODE[weight.dtype],
         native.stream(x),
     )
-    return y, h, mean, rstd
+    return y, h, statistics
 
 
 def backward(
@@ -63,8 +65,7 @@ def backward(
     dh: Tensor | None,
     h: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     has_bias: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,8 +76,9 @@ def backward(
     dweight = weight.new_empty(cols)
     dbias = weight.new_empty(cols if has_bias else 0)
     sms = native.multiprocessors(dy.device.index) if dy.is_cuda else 0
-    count = rstd.numel()
-    workspace = rstd.new_empty(native.C.layer_norm_backward_workspace(dy.is_cuda, count, cols, sms))
+    count = statistics.numel() // (1 if rms else 2)
+    mean = statistics.data_ptr()
+    workspace = statistics.new_empty(native.C.layer_norm_backward_workspace(dy.is_cuda, count, cols, sms))
     dy, dy_stride = rows(dy)
     h, h_stride = rows(h)
     dh_stride = 0
@@ -88,8 +90,8 @@ def backward(
         pointer(dh),
         h.data_ptr(),
         weight.data_ptr(),
-        0 if rms else mean.data_ptr(),
-        rstd.data_ptr(),
+        0 if rms else mean,
+        mean if rms else mean + 4 * count,
         dx.data_ptr(),
         dresidual.data_ptr() if dresidual.numel() else 0,
         dweight.data_ptr(),

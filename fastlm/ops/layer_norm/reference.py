@@ -14,7 +14,7 @@ def unsupported(x, weight, bias, residual, eps, rms) -> str | None:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else (x.to(residual.dtype) + residual)  # (..., C)
     wide = h.to(statistics_dtype(x))
     mean = wide.mean(-1)  # (...)
@@ -27,8 +27,7 @@ def forward(
     return (
         y.to(x.dtype).contiguous(),
         empty if residual is None else h.contiguous(),
-        wide.new_empty(0) if rms else mean,
-        rstd,
+        rstd[None] if rms else torch.stack([mean, rstd]),
     )
 
 
@@ -37,13 +36,12 @@ def backward(
     dh: Tensor | None,
     h: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     has_bias: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = rstd.dtype
-    centred = h.to(wide) if rms else h.to(wide) - mean[..., None]
+    wide, rstd = statistics.dtype, statistics[-1]  # (...)
+    centred = h.to(wide) if rms else h.to(wide) - statistics[0][..., None]
     xhat = centred * rstd[..., None]  # (..., C)
     d = dy.to(wide)
     g = d * weight.to(wide)
