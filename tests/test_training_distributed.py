@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastlm.training import choose_checkpoint, start_run
+from fastlm.models.gpt import GPT
+from fastlm.training import choose_checkpoint, resume_run, start_run
+from fastlm.training.checkpoint import find_checkpoints
 from fastlm.training.config import config_to_toml
 from fastlm.training.journal import read_journal
 from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
@@ -28,9 +32,10 @@ from tests.training_runs import quiet
 
 dist.init_process_group("gloo")  # one for all runs
 folder = Path(sys.argv[1])
-for name in ("two", "whole", "halves"):
+for name in ("two", "whole", "halves", "sharded", "sharded_whole", "sharded_halves"):
     start_run(load_config(folder / f"{name}.toml"), folder / name, display=quiet())
-resume_run(folder / "halves", overrides=("training.steps=12",), display=quiet())
+for name in ("halves", "sharded_halves"):
+    resume_run(folder / name, overrides=("training.steps=12",), display=quiet())
 dist.destroy_process_group()
 """
 
@@ -46,31 +51,76 @@ def values(run: Path, kind: str, *names: str) -> list[list[Any]]:
     return [[r[name] for name in names] for r in read_journal(run / "log.jsonl") if r["kind"] == kind]
 
 
-def test_two_processes_give_the_losses_of_one_and_go_on_exactly(tmp_path: Path) -> None:
-    data = write_tiny_dataset(tmp_path / "data")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two processes, DDP and FSDP2: plain, with dropout, and with dropout in two halves."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_tiny_dataset(folder / "data")
     plain = {"dropout": 0.0}
     constant = {"schedule": "constant"}
+    sharded = {"parallel": "fsdp"}
+    sampling = {"sample_every": 5, "sample_tokens": 3, "windows": 7}  # 7: the processes have unequal parts
     configs = {
         "two": tiny_config(data, model=plain, training={"batch_size": 4}),
         "whole": tiny_config(data, training=constant),
         "halves": tiny_config(data, training={**constant, "steps": 6}),
+        "sharded": tiny_config(data, model=plain, training={"batch_size": 4, **sharded}),
+        "sharded_whole": tiny_config(data, training={**constant, **sharded}, evaluation=sampling),
+        "sharded_halves": tiny_config(data, training={**constant, **sharded, "steps": 6}, evaluation=sampling),
     }
     for name, config in configs.items():
-        (tmp_path / f"{name}.toml").write_text(config_to_toml(config))
-    (tmp_path / "driver.py").write_text(DRIVER)
-    torchrun(tmp_path / "driver.py", tmp_path)
+        (folder / f"{name}.toml").write_text(config_to_toml(config))
+    (folder / "driver.py").write_text(DRIVER)
+    torchrun(folder / "driver.py", folder)
+    start_run(tiny_config(data, model=plain, training={"batch_size": 8}), folder / "one", display=quiet())
+    return folder
 
-    start_run(tiny_config(data, model=plain, training={"batch_size": 8}), tmp_path / "one", display=quiet())
+
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_give_the_losses_of_one(folder: Path, name: str) -> None:
     for kind, names in (("step", ("step", "loss", "grad_norm", "lr", "tokens")), ("eval", ("step", "val_loss"))):
-        expected = values(tmp_path / "one", kind, *names)
-        got = values(tmp_path / "two", kind, *names)
+        expected = values(folder / "one", kind, *names)
+        got = values(folder / name, kind, *names)
         assert len(got) == len(expected) > 0
         for a, b in zip(got, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
-    # With dropout, which each process draws for itself: six steps and six more are twelve.
-    assert values(tmp_path / "halves", "resume", "step", "processes") == [[6, 2]]
+
+@pytest.mark.parametrize("kind", ["", "sharded_"])
+def test_two_processes_go_on_exactly(folder: Path, kind: str) -> None:
+    """With dropout, which each process draws for itself: six steps and six more are twelve."""
+    halves, whole = folder / f"{kind}halves", folder / f"{kind}whole"
+    assert values(halves, "resume", "step", "processes") == [[6, 2]]
     names = ("step", "loss", "grad_norm")
-    assert values(tmp_path / "halves", "step", *names) == values(tmp_path / "whole", "step", *names)
-    weights = [choose_checkpoint(tmp_path / r, "last").model_path / "model.safetensors" for r in ("whole", "halves")]
+    assert values(halves, "step", *names) == values(whole, "step", *names)
+    assert values(halves, "sample", "step", "text") == values(whole, "sample", "step", "text")
+    weights = [choose_checkpoint(run, "last").model_path / "model.safetensors" for run in (whole, halves)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_sharded_run_is_the_files_of_one_process_and_goes_on_in_one(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "sharded", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    last = choose_checkpoint(run, "last")
+    alone = next(c for c in find_checkpoints(folder / "one" / "checkpoints") if c.step == last.step)
+    ours, theirs = GPT.from_pretrained(last.model_path), GPT.from_pretrained(alone.model_path)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert a.shape == b.shape, name
+        if a.dim() >= 2:  # a bias of the keys has no gradient: what Adam makes of its rounding is chance
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3, msg=name)
+    states = [c.load_state()["optimizer"]["state"] for c in (last, alone)]
+    assert states[0].keys() == states[1].keys()
+    assert all(states[0][i]["exp_avg"].shape == states[1][i]["exp_avg"].shape for i in states[0])
+
+    resume_run(run, overrides=("training.batch_size=8",), display=quiet())  # the same global batch
+    got, expected = (values(r, "step", "step", "loss") for r in (run, folder / "one"))
+    for a, b in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_sharding_is_chosen_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.parallel must be one of ddp, fsdp, got 'zero3'"):
+        tiny_config(tmp_path, training={"parallel": "zero3"})
+    data = write_tiny_dataset(tmp_path / "data")
+    config = tiny_config(data, training={"parallel": "fsdp", "steps": 2})  # one process has nothing to share out
+    assert start_run(config, tmp_path / "run", display=quiet()).reason == "done"

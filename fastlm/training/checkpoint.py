@@ -105,30 +105,49 @@ class CheckpointWriter:
         folder: the `checkpoints` folder.
         keep_last: how many of the newest stay.
         keep_best: whether the one with the lowest validation loss stays as well.
+        clean: remove what a save that was killed left behind. With several processes, the one that writes.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: bool = True):
+    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: bool = True, clean: bool = True):
         self.folder = Path(folder)
         self.keep_last, self.keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._shadow: torch.nn.Module | None = None  # a copy of the model on the CPU, from which the thread writes
+        # Copies on the CPU from which the thread writes. They are kept: new memory costs more than the copying.
+        self._shadow: torch.nn.Module | None = None
+        self._state: Any = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if clean:
+            for leftover in self.folder.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, model: torch.nn.Module, state: dict[str, Any], step: int, val_loss: float | None) -> None:
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Make room for the copies: before the first save, or before the model is sharded."""
+        self._shadow = copy.deepcopy(model).cpu()
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        state: dict[str, Any],
+        step: int,
+        val_loss: float | None,
+        weights: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Copy the weights and the state, and write them in the background.
+
+        Args:
+            weights: the model's state dict, where it cannot give it itself (a sharded one).
 
         Raises:
             CheckpointError: the save before this one failed (a full disk, say); the checkpoints before it are whole.
         """
         self.wait()
         if self._shadow is None:
-            self._shadow = copy.deepcopy(model).cpu()
-        else:
-            self._shadow.load_state_dict(model.state_dict())
-        arguments = (self._shadow, _copied(state), step, val_loss)
+            self.prepare(model)
+        assert self._shadow is not None
+        self._shadow.load_state_dict(model.state_dict() if weights is None else weights)
+        self._state = copied(state, self._state)
+        arguments = (self._shadow, self._state, step, val_loss)
         self._thread = threading.Thread(target=self._write_noting_errors, args=arguments, name="fastlm-checkpoint")
         self._thread.start()
 
@@ -216,12 +235,21 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(device_state, device)
 
 
-def _copied(value: Any) -> Any:
-    """A nested structure with every tensor copied to the CPU, so that training may go on with the originals."""
+def copied(value: Any, before: Any = None) -> Any:
+    """A nested structure with every tensor copied to the CPU, so that training may go on with the originals.
+
+    Args:
+        before: an earlier copy: its tensors are written over where they fit.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        value = value.detach()
+        if isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
+            return before.copy_(value)
+        return value.to("cpu", copy=True)
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
+        old = before if isinstance(before, dict) else {}
+        return {k: copied(v, old.get(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value)
+        olds = before if isinstance(before, (list, tuple)) and len(before) == len(value) else [None] * len(value)
+        return type(value)(copied(v, o) for v, o in zip(value, olds, strict=True))
     return value

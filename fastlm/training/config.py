@@ -20,6 +20,7 @@ else:
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 ORDERS = ("random", "shuffled")
+PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass
@@ -48,6 +49,7 @@ class TrainingConfig:
     precision: str = "auto"  # "bf16": autocast; "auto": bf16 on a GPU that has it, else fp32
     device: str = "auto"  # "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one
     compile: bool = False  # torch.compile the model
+    parallel: str = "ddp"  # several processes: each holds the model ("ddp") or a part of it ("fsdp", FSDP2)
     gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass
 
 
@@ -109,6 +111,7 @@ class RunConfig:
         t, e, c, o = self.training, self.evaluation, self.checkpoint, self.optimizer
         _one_of("training.precision", t.precision, PRECISIONS)
         _one_of("training.schedule", t.schedule, SCHEDULES)
+        _one_of("training.parallel", t.parallel, PARALLEL)
         _one_of("data.order", self.data.order, ORDERS)
         for name, least_zero in (
             ("training.warmup_steps", t.warmup_steps),

@@ -1,4 +1,4 @@
-"""Several processes, started by `torchrun … -m fastlm train`: each takes its part of every batch (DDP)."""
+"""Several processes, started by `torchrun … -m fastlm train`: each takes its part of every batch (DDP, FSDP2)."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from fastlm.training.journal import Journal
 from fastlm.training.optimizer import make_optimizer
 from fastlm.training.progress import Display
 from fastlm.training.schedule import learning_rate
+from fastlm.training.sharding import Shards
 from fastlm.training.signals import StopRequest
 from fastlm.training.trackers import Tracker
 
@@ -76,13 +77,21 @@ class Trainer:
         self.device = model.device
         self.precision = resolve_precision(config.training.precision, self.device)
         model.gradient_checkpointing = config.training.gradient_checkpointing
-        self.averaging: Any = self.group.wrap(model)
-        self.forward: Any = torch.compile(self.averaging) if config.training.compile else self.averaging
-        self.optimizer = make_optimizer(model, config.optimizer, config.training.lr)
-        self.writer = CheckpointWriter(
-            run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
-        )
         self.flops_per_token = model.flops_per_token(train.block_size)
+        self.writer = CheckpointWriter(
+            run / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            clean=self.group.is_first,
+        )
+        self.shards: Shards | None = None  # of the model, where each process keeps a part of it
+        if config.training.parallel == "fsdp" and self.group.world_size > 1:
+            if self.group.is_first:
+                self.writer.prepare(model)
+            self.shards = Shards(model)
+        self.averaging: Any = self.group.wrap(model) if self.shards is None else model
+        self.forward: Any = torch.compile(self.averaging) if config.training.compile else self.averaging
+        self.optimizer = make_optimizer(self.shards or model, config.optimizer, config.training.lr)
         self.peak_flops = peak_flops(self.device, self.precision)
         self.step = 0  # optimizer steps done
         self.train_loss: float | None = None
@@ -146,13 +155,18 @@ class Trainer:
         x, y = self.val_loader.evenly_spaced(self.config.evaluation.windows)
         total = 0.0
         self.model.eval()
-        mine = self.config.training.batch_size * self.group.rank  # each process takes every world_size-th batch
-        stride = self.config.training.batch_size * self.group.world_size
-        with torch.no_grad(), self._autocast():
-            for i in range(mine, len(x), stride):
-                rows = slice(i, i + self.config.training.batch_size)
+        batch_size = self.config.training.batch_size
+        with torch.no_grad(), self._autocast(), self._outside_training():
+            for i in range(0, len(x), batch_size * self.group.world_size):
+                begin = i + batch_size * self.group.rank  # each process takes every world_size-th batch
+                rows = slice(begin, begin + batch_size)
+                count = len(x[rows])
+                if count == 0 and self.shards is None:
+                    continue
+                if count == 0:  # nothing is left for this process, but the others want its part of the weights
+                    rows = slice(0, 1)
                 _, loss = self.model(x[rows].to(self.device), y[rows].to(self.device))
-                total += loss.item() * len(x[rows])  # type: ignore[union-attr]
+                total += loss.item() * count  # type: ignore[union-attr]
         self.model.train()
         self.val_loss = self.group.sum(total)[0] / len(x)
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
@@ -166,14 +180,14 @@ class Trainer:
 
     def sample(self) -> str:
         """The first process continues the prompt, with a generator of its own: training is the same without it."""
-        if not self.group.is_first:
+        if not self.group.is_first and self.shards is None:  # sharded, all do the same
             return ""
         settings = self.config.evaluation
         begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
         prompt = (begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
         generator = torch.Generator(self.device).manual_seed(self.config.training.seed + self.step)
         idx = torch.tensor([prompt], device=self.device)
-        with self._autocast():
+        with self._autocast(), self._outside_training():
             ids = self.model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=50, generator=generator)
         text = self.tokenizer.decode(ids[0].tolist())
         self.journal.write("sample", step=self.step, text=text)
@@ -183,20 +197,22 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step, in the background."""
         state = self.state_dict()
+        weights = None if self.shards is None else self.shards.weights()
         if self.group.is_first:
-            self.writer.save(self.model, state, self.step, self.val_loss)
+            self.writer.save(self.model, state, self.step, self.val_loss, weights)
         self._saved_at = self.step
         self.journal.write("checkpoint", step=self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not in the model's weights."""
+        """All that is not in the model's weights; with several processes, all must ask."""
+        optimizer = self.optimizer.state_dict()
         return {
             "step": self.step,
             "train_loss": self.train_loss,
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "evaluations_since_best": self.evaluations_since_best,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer if self.shards is None else self.shards.gathered(optimizer),
             "data": self.train_loader.state_dict(),
             "rng": self.group.gather(rng_state()),
         }
@@ -207,7 +223,8 @@ class Trainer:
         self.step = self._saved_at = state["step"]
         for name in ("train_loss", "val_loss", "best_val_loss", "evaluations_since_best"):
             setattr(self, name, state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(optimizer if self.shards is None else self.shards.scattered(optimizer))
         self.train_loader.load_state_dict(state["data"])
         if len(state["rng"]) == self.group.world_size:
             set_rng_state(state["rng"][self.group.rank])
@@ -226,14 +243,22 @@ class Trainer:
         for i in range(settings.grad_accum):
             x, y = self._to_device(*self.train_loader.next_batch())
             last = i == settings.grad_accum - 1
-            with contextlib.nullcontext() if last else self.group.not_yet_averaging(self.averaging):
+            if self.shards is not None:
+                self.averaging.set_requires_gradient_sync(last)
+            averages = last or self.shards is not None
+            with contextlib.nullcontext() if averages else self.group.not_yet_averaging(self.averaging):
                 with self._autocast():
                     _, loss = self.forward(x, y)
                 (loss / settings.grad_accum).backward()
             loss_sum += loss.detach()
             tokens += x.numel() * self.group.world_size
         loss_sum = self.group.mean(loss_sum)
-        norm, scale = clip_grad_norm(self.model.parameters(), settings.grad_clip or math.inf)
+        max_norm = settings.grad_clip or math.inf
+        if self.shards is None:
+            norm, scale = clip_grad_norm(self.model.parameters(), max_norm)
+        else:
+            self.shards.take_gradients()
+            norm, scale = self.shards.clip_grad_norm(max_norm)
         self.train_loss, self.grad_norm, self.lr = loss_sum.item() / settings.grad_accum, norm.item(), lr
         if not (math.isfinite(self.train_loss) and math.isfinite(self.grad_norm)):
             self._stop_non_finite(position)
@@ -287,6 +312,10 @@ class Trainer:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    def _outside_training(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the model is called other than for a step."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.gathering()
 
     def _to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if self.device.type != "cuda":
