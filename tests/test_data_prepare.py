@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from fastlm.data.pipeline import PrepareOptions, prepare_files
 from fastlm.data.prepare import split_by_document, split_tail, write_dataset
 from fastlm.data.shards import HEADER_BYTES, ShardWriter, map_shard, read_header
 from tests.test_data_tokenizers import small_bpe
+from tests.training_runs import file_size_limit
 
 
 def write_shard(path: Path, documents: list[str]) -> None:
@@ -237,6 +241,27 @@ class TestPrepare:
             prepare_files([tmp_path / "b.txt"], tmp_path / "d", PrepareOptions(overwrite=True))
         assert (tmp_path / "d" / "train-00000.tokens").read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt", "d"]
+
+    def test_a_killed_prepare_leaves_nothing_for_long(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 2000)
+        dying = (
+            "import os, signal, sys; from pathlib import Path; from fastlm.data.pipeline import *\n"
+            "die = lambda n: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "prepare_files([Path(sys.argv[1])], sys.argv[2], PrepareOptions(), progress=die)"
+        )
+        command = [sys.executable, "-c", dying, str(tmp_path / "a.txt"), str(tmp_path / "d")]
+        assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob(".d.*.tmp"))) == 1
+        prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
+        assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "d"}
+
+    def test_a_full_disk_leaves_the_old_dataset(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20_000)
+        old = prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
+        with file_size_limit(100_000), pytest.raises(OSError, match="File too large"):
+            prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions(overwrite=True))
+        assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "d"}
+        assert TokenData.open(tmp_path / "d").tokens == old["splits"]["train"]["tokens"]
 
     def test_bad_options_and_empty_text(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("")

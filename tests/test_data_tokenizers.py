@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,3 +132,57 @@ def test_gpt2_ids(data: Path) -> None:
     tokenizer = load_tokenizer(data / "gpt2")
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.eot == 50256
+
+
+class TestTiktoken:
+    @pytest.fixture
+    def ranks(self, tmp_path: Path) -> Path:
+        """A vocabulary of the bytes and a few merges, as tiktoken writes it."""
+        pytest.importorskip("tiktoken")
+        tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w"]
+        lines = [base64.b64encode(t) + b" " + str(i).encode() for i, t in enumerate(tokens)]
+        path = tmp_path / "gpt2.tiktoken"
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return path
+
+    def test_ranks_are_a_tokenizer(self, ranks: Path, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(str(ranks))
+        assert tokenizer.encode("hello world") == [259, 260, *b"orld"]
+        assert (tokenizer.eot, tokenizer.vocab_size, tokenizer.dtype) == (50256, 50257, np.uint16)
+        tokenizer.save(tmp_path / "saved")
+        again = load_tokenizer(tmp_path / "saved")
+        assert again.fingerprint == tokenizer.fingerprint
+        for text in TEXTS:
+            ids = again.encode(text)
+            assert again.decode(ids) == text
+            assert again.encode_batch([text])[0].tolist() == ids
+            stream = again.stream()
+            assert "".join(map(stream.push, ids)) + stream.flush() == text
+        assert again.decode([*again.encode("he"), 50256, 1000]) == "he"
+
+    def test_gpt2s_ranks_give_gpt2s_ids(self, data: Path, tmp_path: Path) -> None:
+        load = pytest.importorskip("tiktoken.load")
+        ranks = load.data_gym_to_mergeable_bpe_ranks(str(data / "gpt2/vocab.bpe"), str(data / "gpt2/encoder.json"))
+        lines = [base64.b64encode(t) + b" " + str(i).encode() for t, i in ranks.items()]
+        (tmp_path / "gpt2.tiktoken").write_bytes(b"\n".join(lines))
+        ours, theirs = make_tokenizer(str(tmp_path / "gpt2.tiktoken")), load_tokenizer(data / "gpt2")
+        text = (data / "text" / "tinyshakespeare.txt").read_text()[:100_000]
+        for sample in ("Hello world", text, *TEXTS, "  two  spaces\n\n\tand 12345's end "):
+            assert ours.encode(sample) == theirs.encode(sample)
+
+    def test_bad_ranks_are_named(self, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match="tiktoken has no encoding 'gpt9'"):
+            make_tokenizer("tiktoken:gpt9")
+        ranks.rename(tmp_path / "mine.tiktoken")
+        with pytest.raises(ValueError, match=r"known only for gpt2\.tiktoken"):
+            make_tokenizer(str(tmp_path / "mine.tiktoken"))
+        for content, message in (
+            (b"AA== 0\n?? 1", r"gpt2\.tiktoken:2 is not a token"),
+            (b"AA== 0", "lack the byte 0x01"),
+        ):
+            ranks.write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                make_tokenizer(str(ranks))
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="pip install tiktoken"):
+            make_tokenizer("tiktoken:gpt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,11 +16,18 @@ import fastlm
 from fastlm.data import load_tokenizer
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.training import choose_checkpoint, resume_run, start_run
-from fastlm.training.checkpoint import CheckpointError, CheckpointWriter, find_checkpoints, rng_state, set_rng_state
+from fastlm.training.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    copied,
+    find_checkpoints,
+    rng_state,
+    set_rng_state,
+)
 from fastlm.training.journal import Journal, read_journal
 from fastlm.training.optimizer import make_optimizer, parameter_groups
 from fastlm.training.trainer import NonFiniteLossError, Trainer, resolve_device, resolve_precision
-from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
+from tests.training_runs import file_size_limit, one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,6 +93,24 @@ class TestARun:
             start_run(config, tmp_path / str(on), display=quiet())
             losses.append([r["loss"] for r in records(tmp_path / str(on), "step")])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    def test_compiled_it_trains_the_same(self, dataset: Path, tmp_path: Path) -> None:
+        losses = []
+        for on in (False, True):
+            config = tiny_config(
+                dataset,
+                model={"dropout": 0.0, "n_layer": 1},
+                training={"steps": 3, "compile": on},
+                evaluation={"sample_every": 2, "sample_tokens": 2},
+            )
+            start_run(config, tmp_path / str(on), display=quiet())
+            losses.append([r["loss"] for r in records(tmp_path / str(on), "step")])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        names = [
+            GPT.from_pretrained(choose_checkpoint(tmp_path / r).model_path).state_dict().keys()
+            for r in ("True", "False")
+        ]
+        assert names[0] == names[1]  # no prefix of the compiler's
 
     def test_bf16_trains(self, dataset: Path, tmp_path: Path) -> None:
         config = tiny_config(dataset, training={"precision": "bf16", "steps": 12, "lr": 2e-2})
@@ -268,6 +294,42 @@ class TestCheckpoints:
         writer.save(tiny_model(), {"step": 3}, 3, None)
         writer.wait()
         assert [c.step for c in find_checkpoints(tmp_path)] == [1, 3]
+
+    @pytest.mark.parametrize("part", ["model", "state"])
+    def test_a_disk_full_in_the_middle_of_a_file_leaves_the_one_before(self, tmp_path: Path, part: str) -> None:
+        writer = self.save(tmp_path, {1: None})
+        whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        weights = (tmp_path / "step-00000001" / "model" / "model.safetensors").stat().st_size
+        with file_size_limit(weights // 2 if part == "model" else 2 * weights):
+            writer.save(tiny_model(), {"tensor": torch.zeros(weights)}, 2, None)
+            with pytest.raises(CheckpointError, match=r"could not be written to .*the ones before it are whole"):
+                writer.wait()
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+    def test_a_run_on_a_full_disk_ends_with_the_error_and_goes_on_later(
+        self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = tmp_path / "run"
+        write = CheckpointWriter._write
+
+        def full_from_step_6(self: CheckpointWriter, model: Any, state: Any, step: int, val_loss: Any) -> None:
+            with file_size_limit(5_000) if step >= 6 else contextlib.nullcontext():
+                write(self, model, state, step, val_loss)
+
+        monkeypatch.setattr(CheckpointWriter, "_write", full_from_step_6)
+        with pytest.raises(CheckpointError, match=f"could not be written to {run}.*the ones before it are whole"):
+            start_run(tiny_config(dataset), run, display=quiet())
+        monkeypatch.undo()
+        assert [c.step for c in find_checkpoints(run / "checkpoints")][-1] < 6
+        assert resume_run(run, display=quiet()).reason == "done"
+
+    def test_copies_reuse_their_memory(self, tmp_path: Path) -> None:
+        first = copied({"a": [torch.ones(3)], "b": {"c": torch.zeros(2)}, "d": 1})
+        memory = first["a"][0].data_ptr()
+        second = copied({"a": [torch.full((3,), 2.0)], "b": {"c": torch.ones(5)}, "d": 2}, first)
+        assert second["a"][0].data_ptr() == memory
+        assert second["a"][0].tolist() == [2, 2, 2] and second["b"]["c"].tolist() == [1] * 5 and second["d"] == 2
 
     def test_a_damaged_checkpoint_is_named(self, tmp_path: Path) -> None:
         self.save(tmp_path / "c", {1: None})

@@ -91,29 +91,65 @@ def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
     assert _smoothed([]) == []
 
 
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_a_tracker_gets_the_numbers_of_the_log(
     one_thread: None,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     calls: list[tuple[str, object]] = []
     fake = SimpleNamespace(
         __spec__=SimpleNamespace(),
-        init=lambda **settings: calls.append(("init", settings["project"])),
+        init=lambda **settings: calls.append(("init", settings)),
         log=lambda values, step: calls.append(("log", (step, values))),
         finish=lambda: calls.append(("finish", None)),
     )
-    monkeypatch.setitem(sys.modules, "trackio", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, name, fake)  # type: ignore[arg-type]
     config = tiny_config(
         write_tiny_dataset(tmp_path / "data"),
         training={"steps": 2},
         evaluation={"every": 2},
-        logging={"trackio": True, "project": "p"},
+        logging={name: True, "project": "p"},
     )
     start_run(config, tmp_path / "run", display=quiet())
     losses = [r["loss"] for r in read_journal(tmp_path / "run" / "log.jsonl") if r["kind"] == "step"]
-    assert calls[0] == ("init", "p")
+    kind, settings = calls[0]
+    assert (kind, settings["project"], settings["name"]) == ("init", "p", "run")  # type: ignore[index]
+    assert settings["config"]["training"]["steps"] == 2  # type: ignore[index]
+    assert ("dir" in settings) == (name == "wandb")  # type: ignore[operator] # wandb's files, offline too, go to the run
     assert calls[-1] == ("finish", None)
     logged = [value for kind, value in calls if kind == "log"]
     assert [(step, values["step/loss"]) for step, values in logged[:2]] == [(1, losses[0]), (2, losses[1])]  # type: ignore[misc]
     assert "eval/val_loss" in logged[2][1]  # type: ignore[index]
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(one_thread: None, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(
+        write_tiny_dataset(tmp_path / "data"),
+        training={"steps": 3},
+        evaluation={"every": 3},
+        logging={"tensorboard": True},
+    )
+    start_run(config, tmp_path / "run", display=quiet())
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    journal = read_journal(tmp_path / "run" / "log.jsonl")
+    shown = [(e.step, e.value) for e in events.Scalars("step/loss")]
+    assert shown == [(r["step"], pytest.approx(r["loss"])) for r in journal if r["kind"] == "step"]
+    assert [e.step for e in events.Scalars("eval/val_loss")] == [3]
+
+
+def test_wandb_writes_offline(
+    one_thread: None,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = tiny_config(write_tiny_dataset(tmp_path / "data"), training={"steps": 2}, logging={"wandb": True})
+    start_run(config, tmp_path / "run", display=quiet())
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

@@ -18,7 +18,7 @@ def prepare(
         str,
         typer.Option(
             help="bytes, chars, bpe (trained on the text, see --vocab-size), or a path: a tokenizer.json, or a folder "
-            "with one or with GPT-2's vocab.json and merges.txt."
+            "with one or with GPT-2's vocab.json and merges.txt; tiktoken:NAME, or a file NAME.tiktoken."
         ),
     ] = "bytes",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE trained here.")] = 8192,

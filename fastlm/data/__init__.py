@@ -5,6 +5,7 @@ from fastlm.data.corpus import stdlib_documents
 from fastlm.data.documents import Document, find_files, read_documents
 from fastlm.data.loader import TokenData, WindowLoader, dataset_tokenizer
 from fastlm.data.prepare import split_by_document, split_tail, write_dataset
+from fastlm.data.ranks import RanksTokenizer
 from fastlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, make_tokenizer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Document",
+    "RanksTokenizer",
     "TokenData",
     "Tokenizer",
     "WindowLoader",

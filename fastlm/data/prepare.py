@@ -89,6 +89,7 @@ def write_dataset(
     folder = Path(folder)
     check_free(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    _remove_leftovers(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -125,6 +126,24 @@ def write_dataset(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed while they made this dataset."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        process = leftover.name.removeprefix(f".{folder.name}.").removesuffix(".tmp")
+        if os.name == "posix" and process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0: only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def check_free(folder: str | Path, *, overwrite: bool = False) -> None:

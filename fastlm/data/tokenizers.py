@@ -189,17 +189,20 @@ class CharTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from what there is at `path`.
 
-    A folder saved by `Tokenizer.save`, a `tokenizer.json` of the Hugging Face library (or its folder), or a folder
-    with GPT-2's `vocab.json`/`encoder.json` and `merges.txt`/`vocab.bpe`.
+    A folder saved by `Tokenizer.save`, a `tokenizer.json` of the Hugging Face library (or its folder), a folder
+    with GPT-2's `vocab.json`/`encoder.json` and `merges.txt`/`vocab.bpe`, or tiktoken's ranks (`cl100k_base.tiktoken`).
 
     Raises:
         FileNotFoundError: nothing of that kind is there.
         ValueError: a file is there and is damaged.
     """
     from fastlm.data.bpe import BPETokenizer, find_gpt2_files
+    from fastlm.data.ranks import SUFFIX, RanksTokenizer
 
     path = Path(path)
     if path.is_file():
+        if path.suffix == SUFFIX:
+            return RanksTokenizer.from_file(path)
         return BPETokenizer.from_file(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no tokenizer at {path}: no such file or folder")
@@ -217,7 +220,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of bytes for "bytes", else what lies at the path (`load_tokenizer`)."""
+    """The tokenizer of bytes for "bytes", tiktoken's for "tiktoken:NAME", else what lies at the path."""
+    from fastlm.data.ranks import PREFIX, RanksTokenizer
+
+    if name.startswith(PREFIX):
+        return RanksTokenizer.named(name.removeprefix(PREFIX))
     return ByteTokenizer() if name == "bytes" else load_tokenizer(name)
 
 
@@ -228,6 +235,10 @@ def _from_spec_file(path: Path) -> Tokenizer:
             return ByteTokenizer()
         if spec["kind"] == "chars":
             return CharTokenizer(spec["characters"])
+        if spec["kind"] == "tiktoken":
+            from fastlm.data.ranks import RanksTokenizer
+
+            return RanksTokenizer.from_spec(spec)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a fastlm tokenizer: {type(e).__name__}: {e}") from None
-    raise ValueError(f"{path}: unknown kind of tokenizer {spec['kind']!r}; known: bytes, chars")
+    raise ValueError(f"{path}: unknown kind of tokenizer {spec['kind']!r}; known: bytes, chars, tiktoken")

@@ -22,7 +22,7 @@ import fastlm
 from fastlm.data import TokenData, Tokenizer, WindowLoader, dataset_tokenizer
 from fastlm.data.loader import read_manifest
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints
+from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, flush_to_disk
 from fastlm.training.config import RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
@@ -57,7 +57,7 @@ def start_run(config: RunConfig, run: str | Path, *, display: Display | None = N
         if group.is_first:
             run.mkdir(parents=True, exist_ok=True)
             data.tokenizer.save(run / "tokenizer")
-            (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+            _write_config(config, run)
         trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display)
         trainer.journal.write("start", step=0, **_about(trainer))
         return _fit(trainer, run)
@@ -89,7 +89,7 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
         trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step)
         trainer.load_checkpoint(checkpoint)
         if group.is_first:
-            (run / CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+            _write_config(config, run)
         trainer.journal.write("resume", step=checkpoint.step, **_about(trainer))
         return _fit(trainer, run)
 
@@ -126,6 +126,14 @@ def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
         )
     preset = fields.pop("preset", None)
     return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
+
+
+def _write_config(config: RunConfig, run: Path) -> None:
+    """In one step, so that a crash leaves the old one or the new one."""
+    temporary = run / f".{CONFIG}.tmp"
+    temporary.write_text(config_to_toml(config), encoding="utf-8")
+    flush_to_disk(temporary)
+    os.replace(temporary, run / CONFIG)
 
 
 Loaders = tuple[WindowLoader, "WindowLoader | None"]

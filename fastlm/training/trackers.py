@@ -53,7 +53,8 @@ class _TensorBoard:
 class _WandbLike:
     def __init__(self, package: str, project: str, run: Path, settings: dict[str, Any]):
         self._module: Any = importlib.import_module(package)
-        self._module.init(project=project, name=run.name, config=settings)
+        options = {"dir": str(run)} if package == "wandb" else {}  # where its files go, offline (WANDB_MODE) too
+        self._module.init(project=project, name=run.name, config=settings, **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._module.log(values, step=step)
