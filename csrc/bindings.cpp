@@ -14,9 +14,11 @@
 #include "common/parallel.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
+#include "embedding/embedding.h"
 #include "layer_norm/layer_norm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
+#include "rotary/rotary.h"
 
 namespace py = pybind11;
 using namespace fastlm;
@@ -130,6 +132,44 @@ void attention_backward(const std::array<Address, 7>& gradients, const std::arra
   attention_backward_cpu(p, g);
 }
 
+// Addresses: q, k, their results (the same, or others), cos, sin, positions. Sizes: for q and for k the strides (batch, row,
+// head) of the input and of the result and the heads, then the tables' rows and the elements between the tables of two
+// batch entries, those between their positions, B, T, D, pairs.
+void rotary(bool on_cuda, const std::array<Address, 7>& address, const std::array<int64_t, 21>& size,
+            bool wide_positions, bool interleaved, bool inverse, int type, Address stream) {
+  const auto tensor = [&](int i) {
+    const int64_t* s = &size[7 * i];
+    return RotaryTensor{at<void>(address[i]), at<void>(address[2 + i]), s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+  };
+  const Rotary p{{tensor(0), tensor(1)}, at<float>(address[4]), at<float>(address[5]), size[14],    size[15],
+                 at<void>(address[6]),   wide_positions,        size[16],              size[17],    size[18],
+                 size[19],               size[20],              interleaved,           inverse,     dtype(type)};
+  py::gil_scoped_release release;
+  on_cuda ? rotary_cuda(p, at<void>(stream)) : rotary_cpu(p);
+}
+
+void embedding_forward(bool on_cuda, Address ids, bool wide_ids, Address weight, Address y, int64_t count,
+                       int64_t vocabulary, int64_t cols, int64_t weight_stride, int type, Address stream) {
+  const EmbeddingForward p{at<void>(ids), wide_ids, at<void>(weight), at<void>(y), count, vocabulary,
+                           cols,          weight_stride, dtype(type)};
+  py::gil_scoped_release release;
+  on_cuda ? embedding_forward_cuda(p, at<void>(stream)) : embedding_forward_cpu(p);
+}
+
+int64_t embedding_backward_workspace(bool on_cuda, int64_t count, int64_t cols) {
+  return on_cuda ? embedding_backward_workspace_cuda(count, cols) : 0;
+}
+
+void embedding_backward(bool on_cuda, Address dy, Address keys, Address order, Address dweight, Address workspace,
+                        int64_t count, int64_t vocabulary, int64_t cols, int64_t dy_stride, int64_t padding, int type,
+                        Address stream) {
+  const EmbeddingBackward p{at<void>(dy), at<int64_t>(keys), at<int64_t>(order), at<void>(dweight), at<float>(workspace),
+                            count,        vocabulary,        cols,               dy_stride,         padding,
+                            dtype(type)};
+  py::gil_scoped_release release;
+  on_cuda ? embedding_backward_cuda(p, at<void>(stream)) : embedding_backward_cpu(p);
+}
+
 // `function`: the code of a VectorFunction; n floats from `in` to `out`.
 void vector_math(int64_t function, Address in, Address out, int64_t n) {
   if (function < 0 || function > 4) throw std::invalid_argument("wanted a function from 0 to 4, got " + std::to_string(function));
@@ -184,6 +224,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_block", &cross_entropy_block);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("rotary", &rotary);
+  m.def("embedding_forward", &embedding_forward);
+  m.def("embedding_backward_workspace", &embedding_backward_workspace);
+  m.def("embedding_backward", &embedding_backward);
   m.def("adamw_step", &adamw_step);
 
   m.def("build_info", &build_info_dict, "What was built: version, git_commit, compiler, cpu_isas, cuda, cuda_archs, cuda_reason.");

@@ -2,7 +2,9 @@
 #include <stdexcept>
 
 #include "common/build_info.h"
+#include "embedding/embedding.h"
 #include "layer_norm/layer_norm.h"
+#include "rotary/rotary.h"
 
 namespace fastlm {
 namespace {
@@ -14,5 +16,9 @@ namespace {
 int64_t layer_norm_backward_workspace_cuda(int64_t, int64_t, int) { no_cuda(); }
 void layer_norm_forward_cuda(const LayerNormForward&, void*) { no_cuda(); }
 void layer_norm_backward_cuda(const LayerNormBackward&, int, void*) { no_cuda(); }
+void rotary_cuda(const Rotary&, void*) { no_cuda(); }
+void embedding_forward_cuda(const EmbeddingForward&, void*) { no_cuda(); }
+int64_t embedding_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }
+void embedding_backward_cuda(const EmbeddingBackward&, void*) { no_cuda(); }
 
 }  // namespace fastlm

@@ -20,7 +20,7 @@ from fastlm.ops.case import Case, Maker, all_cases
 
 BACKENDS = registry.NAMES
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_GRADIENT = frozenset({"alibi_slopes"})  # floating-point arguments that are constants by contract
+NO_GRADIENT = frozenset({"alibi_slopes", "cos", "sin"})  # floating-point arguments that are constants by contract
 
 
 def device_of(backend: str) -> str:

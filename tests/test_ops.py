@@ -32,6 +32,8 @@ def test_reference_gradients_are_those_of_its_forward(case: Case) -> None:
         pytest.skip("the step of numerical differentiation does not suit this scale")
     if "infinite" in case.traits:
         pytest.skip("an output is infinite: no difference quotient")
+    if "padding" in case.traits:
+        pytest.skip("by contract a padding row gets no gradient")
     names = list(differentiable(arguments))
     op = getattr(ops, case.op)
 

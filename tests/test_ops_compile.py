@@ -12,7 +12,7 @@ import fastlm
 from fastlm import ops
 from fastlm.ops import registry
 from fastlm.ops.case import Case, Maker, all_cases
-from tests.op_suite import first_cases, outputs_of, run
+from tests.op_suite import differentiable, first_cases, outputs_of, run
 
 CASES = all_cases()
 FIRST_CASES = first_cases()
@@ -126,8 +126,8 @@ def test_autocast(case: Case) -> None:
     arguments = case.build(Maker(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         outputs, gradients, _ = run(op, arguments)
-    leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    keeps = case.op in ("layer_norm", "rms_norm", "linear_cross_entropy")
+    leaves = differentiable(arguments).values()
+    keeps = case.op in ("layer_norm", "rms_norm", "linear_cross_entropy", "rotary", "embedding")
     assert outputs[0].dtype == (torch.float32 if keeps else torch.bfloat16)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert gradient is None or gradient.dtype == leaf.dtype

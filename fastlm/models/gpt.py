@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
 from fastlm.models.config import GPTConfig
-from fastlm.nn import MLP, Attention, Cache, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
+from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
 from fastlm.nn.computed import Computed
 
 __all__ = ["GPT", "Block", "GPTConfig"]
@@ -43,8 +43,8 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.embedding_dropout = config.dropout if config.embedding_dropout is None else config.embedding_dropout
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.sinusoidal = Sinusoidal(config.n_embd) if config.position == "sinusoidal" else None
         self.rotary = (
             Rotary(config.head_size, config.rope_theta, config.rope_scaling) if config.position == "rotary" else None
@@ -99,8 +99,8 @@ class GPT(nn.Module):
 
         Raises:
             ValueError: a wrong shape or dtype, a sequence longer than block_size, and, on the CPU, a token id out of
-                range. On a GPU looking at the ids would stop the stream: there PyTorch's embedding asserts on the
-                device, and the error appears at the next synchronisation.
+                range. On a GPU looking at the ids would stop the stream: there its embedding is NaN, and so is the
+                loss.
             IndexError: on the CPU, a target out of range (on a GPU its loss is NaN).
         """
         hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache)
@@ -244,7 +244,7 @@ class GPT(nn.Module):
         if longest > self.config.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than block_size = {self.config.block_size}")
         # Reading the ids is cheap on a CPU. On a GPU it would wait for the stream, and in a compiled graph break it:
-        # there the embedding itself asserts.
+        # there the embedding of such an id is NaN.
         if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
             low, high = (int(t) for t in torch.aminmax(idx))
             if low < 0 or high >= self.config.vocab_size:

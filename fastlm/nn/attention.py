@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.nn.rotary import apply_rotary
 
 
 class Cache(Protocol):
@@ -36,7 +35,7 @@ class Attention(nn.Module):
     """Causal multi-head, grouped-query or multi-query attention.
 
     `qkv` is one projection; its rows are the queries of all heads, then the keys, then the values. Attention reads the
-    three as views of its result, without a copy (rotary positions write new queries and keys).
+    three as views of its result, without a copy (in training rotary positions write new queries and keys).
     """
 
     def __init__(
@@ -75,16 +74,15 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         Args:
-            rotation: of the positions of x's tokens (see `apply_rotary`).
+            rotation: cosines and sines of the angles of x's tokens (see `fastlm.ops.rotary`).
             alibi_slopes: (H), float32.
             cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
             cache: keys and values of the tokens before; those of x are appended under `layer`.
         """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
-        qk, v = heads.tensor_split((self.n_head + self.n_kv_head,), dim=2)
-        if rotation is not None:
-            qk = apply_rotary(qk, rotation)
-        q, k = qk.tensor_split((self.n_head,), dim=2)  # (B, T, H, D), (B, T, H_kv, D)
+        q, k, v = heads.tensor_split((self.n_head, self.n_head + self.n_kv_head), dim=2)
+        if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
+            q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
         options: dict[str, Any] = {
             "causal": True,
             "scale": self.scale,

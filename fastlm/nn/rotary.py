@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with their position.
+"""Rotary positions: the angles by which `fastlm.ops.rotary` turns queries and keys.
 
 Su et al.: RoFormer (arXiv:2104.09864). The halves of a head are paired (dimension i with i + D/2), as in transformers'
 Llama, so its checkpoints need no permutation. The scaling of Llama 3.1 for long contexts is that of Meta's reference
@@ -65,21 +65,6 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScali
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: stretch in full, 1: keep
     return (1 - keep) * frequency / scaling.factor + keep * frequency
-
-
-def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn every head of x by its position's angles.
-
-    Args:
-        x: (B, T, H, D), any floating dtype and strides; computed in float32 at least.
-        rotation: cosines and sines, each (T, D/2) or (B, T, D/2), float32.
-
-    Returns:
-        (B, T, H, D) in x's dtype, contiguous.
-    """
-    cos, sin = (t.unsqueeze(-2) for t in rotation)  # ([B,] T, 1, D/2)
-    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Rotary(nn.Module):

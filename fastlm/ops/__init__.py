@@ -2,9 +2,22 @@
 
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
+from fastlm.ops.embedding import embedding
 from fastlm.ops.layer_norm import layer_norm, rms_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.mlp import linear_act, mlp
 from fastlm.ops.registry import explain
+from fastlm.ops.rotary import rotary
 
-__all__ = ["adamw_", "attention", "explain", "layer_norm", "linear_act", "linear_cross_entropy", "mlp", "rms_norm"]
+__all__ = [
+    "adamw_",
+    "attention",
+    "embedding",
+    "explain",
+    "layer_norm",
+    "linear_act",
+    "linear_cross_entropy",
+    "mlp",
+    "rms_norm",
+    "rotary",
+]

@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from fastlm.ops import native, registry
+from fastlm.ops.embedding import native as embedding
 from fastlm.ops.layer_norm import native as layer_norm
+from fastlm.ops.rotary import native as rotary
 from tests.emulator import build
 
 NAME = "emulator"
@@ -61,6 +63,18 @@ class Compiled:
         *arguments, _sms, stream = arguments
         module().layer_norm_backward(True, *arguments, MULTIPROCESSORS, stream)
 
+    def rotary(self, on_cuda: bool, *arguments: Any) -> None:
+        module().rotary(True, *arguments)
+
+    def embedding_forward(self, on_cuda: bool, *arguments: Any) -> None:
+        module().embedding_forward(True, *arguments)
+
+    def embedding_backward_workspace(self, on_cuda: bool, *arguments: Any) -> int:
+        return module().embedding_backward_workspace(True, *arguments)
+
+    def embedding_backward(self, on_cuda: bool, *arguments: Any) -> None:
+        module().embedding_backward(True, *arguments)
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
@@ -98,3 +112,5 @@ def register() -> None:
     registry.register_backend(NAME, unavailable, device_type="cpu")
     for op in ("layer_norm", "rms_norm"):
         registry.register_implementation(op, NAME, Emulated(layer_norm))
+    registry.register_implementation("rotary", NAME, Emulated(rotary))
+    registry.register_implementation("embedding", NAME, Emulated(embedding))
