@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
+
 from tests.emulator import backend as emulator_backend
 
 emulator_backend.register()  # before op_suite.py reads the list of backends

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.layer_norm import native, reference
+from fastlm.ops.layer_norm import native, reference, triton
 
 
 @overload
@@ -188,5 +188,5 @@ def _prepare_rms_norm(x, weight, *, eps=1e-6, residual=None):
     return _prepare("rms_norm", x, weight, None, eps, residual, True)
 
 
-registry.register("layer_norm", _prepare_layer_norm, reference=reference, cpu=native, cuda=native)
-registry.register("rms_norm", _prepare_rms_norm, reference=reference, cpu=native, cuda=native)
+registry.register("layer_norm", _prepare_layer_norm, reference=reference, cpu=native, cuda=native, triton=triton)
+registry.register("rms_norm", _prepare_rms_norm, reference=reference, cpu=native, cuda=native, triton=triton)
