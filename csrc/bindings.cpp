@@ -10,8 +10,10 @@
 #include "attention/attention.h"
 #include "common/build_info.h"
 #include "common/cpu.h"
+#include "common/dlpack.h"
 #include "common/error.h"
 #include "common/parallel.h"
+#include "common/pool.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
@@ -197,6 +199,31 @@ void adamw_step(const py::buffer& table, double lr, double beta1, double beta2, 
   adamw_step_cpu(tensors.data(), count, {lr, beta1, beta2, eps, weight_decay, step, grad_scale, maximize});
 }
 
+// A DLPack capsule: an uninitialised, contiguous CPU tensor in memory of the pool.
+py::capsule pooled_tensor(const py::tuple& shape, int type) {
+  int64_t sizes[PooledTensor::kDims];
+  if (shape.size() > PooledTensor::kDims) {
+    throw std::invalid_argument("wanted at most 8 dimensions, got " + std::to_string(shape.size()));
+  }
+  for (size_t d = 0; d < shape.size(); ++d) sizes[d] = shape[d].cast<int64_t>();
+  return py::capsule(PooledTensor::make(sizes, static_cast<int>(shape.size()), dtype(type)), "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;  // a consumer took it, and renamed it
+    auto* const tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    tensor->deleter(tensor);
+  });
+}
+
+py::dict pool_state_dict() {
+  const PoolState state = pool_state();
+  py::dict d;
+  d["limit"] = state.limit;
+  d["unused"] = state.unused;
+  d["used"] = state.used;
+  d["fresh"] = state.fresh;
+  d["reused"] = state.reused;
+  return d;
+}
+
 py::dict build_info_dict() {
   const BuildInfo info = build_info();
   const auto or_none = [](const std::string& s) -> py::object { return s.empty() ? py::none() : py::object(py::str(s)); };
@@ -229,6 +256,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_backward_workspace", &embedding_backward_workspace);
   m.def("embedding_backward", &embedding_backward);
   m.def("adamw_step", &adamw_step);
+
+  m.def("pooled_tensor", &pooled_tensor);
+  m.def("pool_state", &pool_state_dict);
+  m.def("pool_set_limit", &pool_set_limit);
+  m.def("pool_release", &pool_release);
 
   m.def("build_info", &build_info_dict, "What was built: version, git_commit, compiler, cpu_isas, cuda, cuda_archs, cuda_reason.");
   m.def("cpu_name", &cpu_name);

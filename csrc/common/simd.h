@@ -9,6 +9,8 @@
 //   first_n(a, b, n)                the first n < Vec::size lanes of a, the others of b
 //   if_less(a, b, yes, no) = a < b ? yes : no,  ldexp(a, n) = a * 2^n for a whole number n, |n| < 250
 //
+//   prefetch(p), prefetch_to_write(p)  the cache line at p, which may lie past the end of an array
+//
 // The operations compute the same on every instruction set but for fma, which rounds twice where there is none
 // (baseline x86-64), and sum, whose order follows the width.
 #pragma once
@@ -30,6 +32,8 @@ namespace fastlm::FASTLM_ISA {
 
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 inline Vec zero() { return set1(0.0f); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // How a loop body reads and writes: a whole vector, or the n elements that are left at the end of an array.
 struct Whole {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.native import DTYPE_CODE, pointer, rows
 
 
@@ -23,7 +23,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Where sizes are given one by one, or not at all, torch allocates in half the time.
     *leading, cols = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = memory.empty_like(x)
     parts = 1 if rms else 2  # rstd; mean and rstd
     statistics = x.new_empty(parts, *leading, dtype=torch.float32)
     count = statistics.numel() // parts
@@ -32,7 +32,7 @@ def forward(
     if residual is None:
         h, h_type, residual_stride = x.new_empty(0), x.dtype, 0
     else:
-        h, h_type = torch.empty_like(residual, memory_format=torch.contiguous_format), residual.dtype
+        h, h_type = memory.empty_like(residual), residual.dtype
         residual, residual_stride = rows(residual)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -70,8 +70,8 @@ def backward(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cols = dy.shape[-1]
-    dx = dy.new_empty(dy.shape)
-    dresidual = h.new_empty(h.shape if h.dtype != dy.dtype else 0)
+    dx = memory.empty_like(dy)
+    dresidual = memory.empty_like(h) if h.dtype != dy.dtype else h.new_empty(0)
     weight = weight.contiguous()
     dweight = weight.new_empty(cols)
     dbias = weight.new_empty(cols if has_bias else 0)

@@ -1,0 +1,33 @@
+// Memory of large CPU tensors, kept when they die and given to the next tensor that fits.
+//
+// Memory that is fresh from the system costs a page fault per 4 KB (0.5 to 2 us each; more on a virtual machine), and the C
+// library gives large blocks back to the system as soon as they are freed: a training step of default PyTorch faults
+// hundreds of thousands of times. The blocks begin at multiples of 2 MB, and the system is asked to back them with huge
+// pages, which also saves misses in the TLB.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlm {
+
+struct PoolBlock {
+  void* data = nullptr;  // aligned to 64 bytes and more; uninitialised
+  size_t bytes = 0;      // of the whole block
+};
+
+// Throws std::bad_alloc where the system has no more.
+PoolBlock pool_take(size_t bytes);
+void pool_give(PoolBlock block) noexcept;
+
+// At most this much is kept while nobody uses it (without a call: an eighth of the machine's memory); what has lain there
+// longest goes back to the system first.
+void pool_set_limit(size_t bytes);
+void pool_release();  // give all that is unused back to the system
+
+struct PoolState {
+  size_t limit, unused, used;  // bytes
+  uint64_t fresh, reused;      // takes that were served by the system, and by the pool
+};
+PoolState pool_state();
+
+}  // namespace fastlm
