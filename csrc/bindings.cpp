@@ -17,6 +17,7 @@
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
+#include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
@@ -88,6 +89,39 @@ void activation_backward(Address pre, Address dhidden, Address dpre, Address hid
                              activation(act), dtype(type)};
   py::gil_scoped_release release;
   activation_backward_cpu(p);
+}
+
+// Addresses: a, b, bias, scale, out, pre, hidden, dbias. Sizes: m, n, k, the strides of a, b and out. Flags: a transposed,
+// b transposed, accumulate. Codes: kind, activation, type, type of out.
+Gemm gemm_call(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
+               const std::array<int64_t, 4>& code, Address workspace, int sms) {
+  if (code[0] < 0 || code[0] > 2) throw std::invalid_argument("epilogue code " + std::to_string(code[0]) + "; wanted 0 to 2");
+  const Epilogue epilogue{static_cast<EpilogueKind>(code[0]), activation(code[1]), at<void>(address[2]),
+                          at<float>(address[3]), at<void>(address[4]), size[5], dtype(code[3]), flag[2],
+                          at<void>(address[5]), at<void>(address[6]), at<void>(address[7])};
+  return {{at<void>(address[0]), size[3], flag[0]}, {at<void>(address[1]), size[4], flag[1]}, size[0], size[1], size[2],
+          dtype(code[2]), epilogue, at<float>(workspace), sms};
+}
+
+int64_t gemm_workspace(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size,
+                       const std::array<bool, 3>& flag, const std::array<int64_t, 4>& code, int sms) {
+  return gemm_workspace_cuda(gemm_call(address, size, flag, code, 0, sms));
+}
+
+void gemm(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
+          const std::array<int64_t, 4>& code, Address workspace, int sms, Address stream) {
+  const Gemm p = gemm_call(address, size, flag, code, workspace, sms);
+  py::gil_scoped_release release;
+  gemm_cuda(p, at<void>(stream));
+}
+
+void activation_backward_on_cuda(Address pre, Address dhidden, Address dpre, Address hidden, Address dbias,
+                                 Address workspace, int64_t rows, int64_t cols, int act, int type, Address stream) {
+  const ActivationBackward p{at<void>(pre),   at<void>(dhidden),    at<void>(dpre), at<void>(hidden),
+                             at<void>(dbias), at<float>(workspace), rows,           cols,
+                             activation(act), dtype(type)};
+  py::gil_scoped_release release;
+  activation_backward_cuda(p, at<void>(stream));
 }
 
 void cross_entropy_block(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
@@ -248,6 +282,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_forward", &activation_forward);
   m.def("activation_backward", &activation_backward);
   m.def("activation_backward_workspace", &activation_backward_workspace_cpu);
+  m.def("activation_backward_cuda", &activation_backward_on_cuda);
+  m.def("activation_backward_workspace_cuda", &activation_backward_workspace_cuda);
+  m.def("gemm", &gemm);
+  m.def("gemm_workspace", &gemm_workspace);
   m.def("cross_entropy_block", &cross_entropy_block);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);

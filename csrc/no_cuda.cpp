@@ -3,6 +3,7 @@
 
 #include "common/build_info.h"
 #include "embedding/embedding.h"
+#include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
 #include "rotary/rotary.h"
 
@@ -13,6 +14,10 @@ namespace {
 
 }  // namespace
 
+int64_t gemm_workspace_cuda(const Gemm&) { no_cuda(); }
+void gemm_cuda(const Gemm&, void*) { no_cuda(); }
+int64_t activation_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }
+void activation_backward_cuda(const ActivationBackward&, void*) { no_cuda(); }
 int64_t layer_norm_backward_workspace_cuda(int64_t, int64_t, int) { no_cuda(); }
 void layer_norm_forward_cuda(const LayerNormForward&, void*) { no_cuda(); }
 void layer_norm_backward_cuda(const LayerNormBackward&, int, void*) { no_cuda(); }

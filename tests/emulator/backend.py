@@ -17,6 +17,7 @@ from typing import Any
 from fastlm.ops import native, registry
 from fastlm.ops.embedding import native as embedding
 from fastlm.ops.layer_norm import native as layer_norm
+from fastlm.ops.mlp import cuda as mlp
 from fastlm.ops.rotary import native as rotary
 from tests.emulator import build
 
@@ -75,6 +76,20 @@ class Compiled:
     def embedding_backward(self, on_cuda: bool, *arguments: Any) -> None:
         module().embedding_backward(True, *arguments)
 
+    def gemm_workspace(self, *arguments: Any) -> int:
+        *arguments, _sms = arguments
+        return module().gemm_workspace(*arguments, MULTIPROCESSORS)
+
+    def gemm(self, *arguments: Any) -> None:
+        *arguments, _sms, stream = arguments
+        module().gemm(*arguments, MULTIPROCESSORS, stream)
+
+    def activation_backward_workspace_cuda(self, rows: int, cols: int) -> int:
+        return module().activation_backward_workspace_cuda(rows, cols)
+
+    def activation_backward_cuda(self, *arguments: Any) -> None:
+        module().activation_backward_cuda(*arguments)
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
@@ -114,3 +129,5 @@ def register() -> None:
         registry.register_implementation(op, NAME, Emulated(layer_norm))
     registry.register_implementation("rotary", NAME, Emulated(rotary))
     registry.register_implementation("embedding", NAME, Emulated(embedding))
+    for op in ("linear_act", "mlp"):
+        registry.register_implementation(op, NAME, Emulated(mlp))

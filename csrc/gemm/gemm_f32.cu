@@ -1,0 +1,5 @@
+#include "gemm/gemm_kernel.h"
+
+namespace fastlm::cuda {
+FASTLM_GEMM_TYPE(, float)
+}  // namespace fastlm::cuda

@@ -1,0 +1,101 @@
+"""Matrix products on the GPU with what follows them fused in (csrc/gemm): what the ops' CUDA backends are made of.
+
+Every product is a @ b.T, a (m, k) and b (n, k), as a linear layer has it. Either may be a transposed view.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import native
+from fastlm.ops.native import DTYPE_CODE, pointer
+
+_STORE, _ACTIVATE, _ACTIVATE_BACKWARD = 0, 1, 2  # EpilogueKind in csrc/gemm/gemm.h
+
+
+class _Matrix(NamedTuple):
+    """A matrix as the kernel takes it: rows (transposed: columns) are contiguous, `stride` elements apart."""
+
+    tensor: Tensor
+    stride: int
+    transposed: bool
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """out = scale * (a @ b.T) + bias, or out += it.
+
+    Args:
+        a: (m, k), float32, bfloat16 or float16.
+        b: (n, k), a's dtype.
+        out: (m, n) with contiguous rows, a's dtype or float32; float32 where it is added to.
+        bias: (n), a's dtype.
+        scale: a float32 scalar on the device.
+        accumulate: add to `out`.
+    """
+    return _run(a, b, _STORE, 0, out, bias=bias, scale=scale, accumulate=accumulate)
+
+
+def activate(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: int, hidden: Tensor, pre: Tensor | None = None
+) -> Tensor:
+    """hidden = act(a @ b.T + bias), for a gated activation of twice its width; the pre-activation into `pre`."""
+    return _run(a, b, _ACTIVATE, activation, hidden, bias=bias, pre=pre)
+
+
+def activate_backward(
+    a: Tensor, b: Tensor, pre: Tensor, activation: int, dpre: Tensor, hidden: Tensor | None, dbias: Tensor | None
+) -> Tensor:
+    """dpre from pre and the activation's gradient a @ b.T; into `hidden` the activation, into `dbias` dpre's sum."""
+    return _run(a, b, _ACTIVATE_BACKWARD, activation, dpre, pre=pre, hidden=hidden, dbias=dbias)
+
+
+def _run(
+    a: Tensor,
+    b: Tensor,
+    kind: int,
+    activation: int,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    accumulate: bool = False,
+    pre: Tensor | None = None,
+    hidden: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> Tensor:
+    left, right = _matrix(a), _matrix(b)
+    if left.transposed and (kind != _STORE or not right.transposed):
+        left = _matrix(a.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    tensors = left.tensor, right.tensor, bias, scale, out, pre, hidden, dbias
+    call = (
+        [pointer(t) for t in tensors],
+        [len(a), len(b), a.shape[1], left.stride, right.stride, out.stride(0)],
+        [left.transposed, right.transposed, accumulate],
+        [kind, activation, DTYPE_CODE[a.dtype], DTYPE_CODE[out.dtype]],
+    )
+    sms = native.multiprocessors(a.device.index) if a.is_cuda else 0
+    size = native.C.gemm_workspace(*call, sms)
+    workspace = a.new_empty(size, dtype=torch.float32) if size else None
+    native.C.gemm(*call, pointer(workspace), sms, native.stream(a))
+    return out
+
+
+def _matrix(t: Tensor) -> _Matrix:
+    """As it lies in memory, where its rows or its columns are contiguous; else a copy."""
+    if t.stride(1) == 1 or t.shape[1] <= 1:
+        return _Matrix(t, t.stride(0), False)
+    if t.stride(0) == 1:
+        return _Matrix(t, t.stride(1), True)
+    return _Matrix(t.contiguous(), t.shape[1], False)

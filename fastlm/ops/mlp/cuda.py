@@ -1,0 +1,102 @@
+"""The MLP block on the GPU: products with the activation, its derivative and the bias gradient fused in (csrc/gemm).
+
+Beside outputs and gradients the activation is held, (..., F), and in the backward pass its gradient: the forward pass
+reads and writes the pre-activation once, the backward pass reads it once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import gemm, native
+from fastlm.ops.mlp.native import CODE, unsupported
+from fastlm.ops.mlp.reference import GATED
+from fastlm.ops.native import DTYPE_CODE
+
+__all__ = ["linear_act_backward", "linear_act_forward", "mlp_backward", "mlp_forward", "unsupported"]
+
+
+def linear_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    rows, wide = x.reshape(-1, x.shape[-1]), len(weight)  # (N, C)
+    hidden = x.new_empty((*x.shape[:-1], wide // 2 if activation in GATED else wide))
+    pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
+    flat = hidden.view(len(rows), hidden.shape[-1])
+    gemm.activate(rows, weight, bias, CODE[activation], flat, pre if keep else None)
+    return hidden, pre
+
+
+def mlp_forward(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden, pre = linear_act_forward(x, fc_weight, fc_bias, activation, keep)
+    y = x.new_empty((*x.shape[:-1], len(proj_weight)))
+    flat = hidden.view(-1, hidden.shape[-1])  # (N, F)
+    gemm.product(flat, proj_weight, y.view(len(flat), len(proj_weight)), bias=proj_bias)
+    return y, pre
+
+
+def linear_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = len(weight)
+    dys = dy.reshape(-1, dy.shape[-1]).contiguous()  # (N, F)
+    dpre = pre.new_empty(len(dys), wide)
+    dbias = weight.new_empty(wide if needs[2] else 0)
+    size = native.C.activation_backward_workspace_cuda(len(dys), wide) if needs[2] else 0
+    workspace = pre.new_empty(size, dtype=torch.float32)
+    native.C.activation_backward_cuda(
+        pre.data_ptr(),
+        dys.data_ptr(),
+        dpre.data_ptr(),
+        0,
+        dbias.data_ptr(),
+        workspace.data_ptr(),
+        *dys.shape,
+        CODE[activation],
+        DTYPE_CODE[pre.dtype],
+        native.stream(pre),
+    )
+    return (*_linear_gradients(dpre, x, weight, needs), dbias)
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    proj_weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dys = dy.reshape(-1, dy.shape[-1])  # (N, C_out)
+    dpre = pre.new_empty(len(dys), len(fc_weight))
+    hidden = pre.new_empty(len(dys), proj_weight.shape[1]) if needs[3] else None
+    dfc_bias = fc_weight.new_empty(len(fc_weight) if needs[2] else 0)
+    gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
+    dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0)
+    if hidden is not None:
+        gemm.product(dys.T, hidden.T, dproj_weight)
+        del hidden
+    dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
+    return (*_linear_gradients(dpre, x, fc_weight, needs), dfc_bias, dproj_weight, dproj_bias)
+
+
+def _linear_gradients(dpre: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """dx and dweight of pre = x @ weight.T + bias; empty where nobody asks."""
+    rows = x.reshape(-1, x.shape[-1])
+    dx = x.new_empty(x.shape if needs[0] else 0)
+    if needs[0]:
+        gemm.product(dpre, weight.T, dx.view(rows.shape))
+    dweight = weight.new_empty(weight.shape if needs[1] else 0)
+    if needs[1]:
+        gemm.product(dpre.T, rows.T, dweight)
+    return dx, dweight
