@@ -28,8 +28,8 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 
-# csrc/common/cpu.cpp checks for exactly these features before it picks a set (but prefetchw: it does nothing where it is
-# missing).
+# csrc/common/cpu.cpp checks for exactly these features before it picks a set (but prefetchw: where it is missing,
+# it does nothing).
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mprfchw"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512cd", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
 _X86_64 = {

@@ -48,6 +48,7 @@ class TrainingConfig:
     seed: int = 0
     precision: str = "auto"  # "bf16": autocast; "auto": bf16 on a GPU that has it, else fp32
     device: str = "auto"  # "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one
+    keep_memory: bool = True  # on a CPU: the process keeps freed memory for its next step (allocator.py)
     compile: bool = False  # torch.compile the model
     parallel: str = "ddp"  # several processes: each holds the model ("ddp") or a part of it ("fsdp", FSDP2)
     gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass

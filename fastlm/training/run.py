@@ -22,6 +22,7 @@ import fastlm
 from fastlm.data import TokenData, Tokenizer, WindowLoader, dataset_tokenizer
 from fastlm.data.loader import read_manifest
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.training.allocator import keep_freed_memory
 from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, flush_to_disk
 from fastlm.training.config import RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
@@ -193,6 +194,8 @@ def _trainer(
     keep_until_step: int | None = None,
 ) -> Trainer:
     """The trainer of this process; only the first one has a log, a display and trackers."""
+    if config.training.keep_memory and model.device.type == "cpu":
+        keep_freed_memory()
     if group.is_first:
         journal = Journal(run / LOG, keep_until_step=keep_until_step)
         trackers = make_trackers(config.logging, run, dataclasses.asdict(config))
