@@ -11,8 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 
+from tests import triton_interpreter
 from tests.emulator import backend as emulator_backend
 
+triton_interpreter.correct()
 emulator_backend.register()  # before op_suite.py reads the list of backends
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,18 +50,17 @@ def unsupported(x, weight, bias, residual, eps, rms) -> str | None:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     *leading, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(leading, dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    statistics = x.new_empty((1 if rms else 2, *leading), dtype=torch.float32)  # rstd; mean and rstd
     x, x_stride = rows(x)
     if residual is None:
         h, residual_stride = x.new_empty(0), 0
     else:
         h = torch.empty_like(residual, memory_format=torch.contiguous_format)
         residual, residual_stride = rows(residual)
-    count = rstd.numel()
+    count = statistics[0].numel()
     config = FORWARD.config(x.device, (next_power_of_2(width), False))
     FORWARD(
         config,
@@ -72,15 +71,15 @@ def forward(
         None if bias is None else bias.contiguous(),
         y,
         None if residual is None else h,
-        None if rms else mean,
-        rstd,
+        None if rms else statistics[0],
+        statistics[-1],
         count,
         width,
         x_stride,
         residual_stride,
         eps,
     )
-    return y, h, mean, rstd
+    return y, h, statistics
 
 
 def backward(
@@ -88,12 +87,11 @@ def backward(
     dh: Tensor | None,
     h: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     has_bias: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    width, count = dy.shape[-1], rstd.numel()
+    width, count = dy.shape[-1], statistics[0].numel()
     dx = dy.new_empty(dy.shape)
     dresidual = h.new_empty(h.shape if h.dtype != dy.dtype else 0)
     make = weight.new_empty if count else weight.new_zeros
@@ -103,7 +101,7 @@ def backward(
     config = BACKWARD.config(dy.device, (next_power_of_2(width), True))
     # Each program goes through its share of the rows and leaves its sums; two a multiprocessor hide each other's waits.
     programs = min(cdiv(count, config["ROWS"]), 2 * multiprocessors(dy.device))
-    partial = rstd.new_empty(1 + has_bias, programs, width)
+    partial = statistics.new_empty(1 + has_bias, programs, width)
     dy, dy_stride = rows(dy)
     h, h_stride = rows(h)
     dh_stride = 0
@@ -116,8 +114,8 @@ def backward(
         dh,
         h,
         weight.contiguous(),
-        None if rms else mean,
-        rstd,
+        None if rms else statistics[0],
+        statistics[-1],
         dx,
         dresidual if dresidual.numel() else None,
         partial[0],
@@ -152,8 +150,8 @@ def _example(
         x = torch.ones(4096, width, dtype=dtype, device=device)
         weight = torch.ones(width, dtype=dtype, device=device)
         added = None if residual is None else x.to(residual)
-        y, h, mean, rstd = forward(x, weight, weight if bias else None, added, 1e-5, rms)
-        backward(y, None if added is None else h, x if added is None else h, weight, mean, rstd, bias, rms)
+        y, h, statistics = forward(x, weight, weight if bias else None, added, 1e-5, rms)
+        backward(y, None if added is None else h, x if added is None else h, weight, statistics, bias, rms)
 
     name = f"{width} {dtype} residual {residual}{' bias' if bias else ''}{' RMS' if rms else ''}"
     return Example(name.replace("torch.", ""), call)
