@@ -19,6 +19,7 @@
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
+#include "lstm/lstm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
 #include "rotary/rotary.h"
@@ -122,6 +123,20 @@ void activation_backward_on_cuda(Address pre, Address dhidden, Address dpre, Add
                              activation(act), dtype(type)};
   py::gil_scoped_release release;
   activation_backward_cuda(p, at<void>(stream));
+// Addresses and sizes in the order of lstm.h.
+void lstm_forward(const std::array<Address, 8>& a, int64_t batch, int64_t steps, int64_t hidden) {
+  const LstmForward p{at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]),
+                      at<float>(a[5]), at<float>(a[6]), at<float>(a[7]), batch,           steps, hidden};
+  py::gil_scoped_release release;
+  lstm_forward_cpu(p);
+}
+
+void lstm_backward(const std::array<Address, 10>& a, int64_t batch, int64_t steps, int64_t hidden) {
+  const LstmBackward p{at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]),
+                       at<float>(a[5]), at<float>(a[6]), at<float>(a[7]), at<float>(a[8]), at<float>(a[9]),
+                       batch,           steps,           hidden};
+  py::gil_scoped_release release;
+  lstm_backward_cpu(p);
 }
 
 void cross_entropy_block(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
@@ -286,6 +301,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_backward_workspace_cuda", &activation_backward_workspace_cuda);
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
+  m.def("lstm_forward", &lstm_forward);
+  m.def("lstm_forward_workspace", &lstm_forward_workspace_cpu);
+  m.def("lstm_backward", &lstm_backward);
+  m.def("lstm_backward_workspace", &lstm_backward_workspace_cpu);
   m.def("cross_entropy_block", &cross_entropy_block);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);

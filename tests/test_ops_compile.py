@@ -127,7 +127,7 @@ def test_autocast(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outputs, gradients, _ = run(op, arguments)
     leaves = differentiable(arguments).values()
-    keeps = case.op in ("layer_norm", "rms_norm", "linear_cross_entropy", "rotary", "embedding")
+    keeps = case.op in ("layer_norm", "rms_norm", "linear_cross_entropy", "rotary", "embedding", "lstm")
     assert outputs[0].dtype == (torch.float32 if keeps else torch.bfloat16)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert gradient is None or gradient.dtype == leaf.dtype

@@ -2,6 +2,7 @@
 
 from fastlm.generation.cache import KVCache, RaggedCache
 from fastlm.generation.generate import generate
+from fastlm.generation.recurrent import generate_recurrent
 from fastlm.generation.sampling import Sampling, filter_min_p, filter_top_k, filter_top_p, penalise_repetition
 from fastlm.generation.stopping import stop_rule
 
@@ -13,6 +14,7 @@ __all__ = [
     "filter_top_k",
     "filter_top_p",
     "generate",
+    "generate_recurrent",
     "penalise_repetition",
     "stop_rule",
 ]

@@ -5,6 +5,7 @@ from fastlm.ops.attention import attention
 from fastlm.ops.embedding import embedding
 from fastlm.ops.layer_norm import layer_norm, rms_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.lstm import lstm
 from fastlm.ops.mlp import linear_act, mlp
 from fastlm.ops.registry import explain
 from fastlm.ops.rotary import rotary
@@ -17,6 +18,7 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "linear_cross_entropy",
+    "lstm",
     "mlp",
     "rms_norm",
     "rotary",

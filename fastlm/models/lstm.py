@@ -1,0 +1,277 @@
+"""LSTMLM: the recurrent baseline of language modelling (Zaremba et al., arXiv:1409.2329), over the op `lstm`.
+
+Letters of the shapes: B sequences, T tokens, E embedding_dim, H hidden_dim, L num_layers, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlm import ops
+
+MODEL_TYPE = "fastlm_lstm"
+Hidden = tuple[Tensor, Tensor]  # the hidden states and the cells of all layers, each (L, B, H)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSTMConfig:
+    """The shape of an `LSTMLM`. Raises ValueError for a value out of its range."""
+
+    vocab_size: int = 50257
+    embedding_dim: int = 512
+    hidden_dim: int = 512
+    num_layers: int = 2
+    dropout: float = 0.0  # of the embedded tokens, between the layers, and before the head
+    tie_embeddings: bool = False  # the head's weight is the token embedding's; needs embedding_dim == hidden_dim
+    block_size: int = 64  # tokens between two cuts of backpropagation through time; not a limit of what it reads
+    init_std: float = 0.02  # of the embedding
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_layers", "block_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.tie_embeddings and self.embedding_dim != self.hidden_dim:
+            raise ValueError(
+                f"tie_embeddings needs embedding_dim == hidden_dim, got {self.embedding_dim} and {self.hidden_dim}"
+            )
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LSTMConfig:
+        """The reverse of `to_dict`; an unknown key is a ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"LSTMConfig has no field {name!r}; it has: {', '.join(sorted(known))}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain values."""
+        return dataclasses.asdict(self)
+
+
+class LSTMLayer(nn.Module):
+    """One layer; parameters as in torch.nn.LSTM, with one bias instead of two (only their sum matters)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden, width))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden))
+        self.bias = nn.Parameter(torch.empty(4 * hidden))
+
+    def forward(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, E), h0 and c0 (B, H) -> the hidden states (B, T, H) and the last cell (B, H)."""
+        gates = F.linear(x, self.weight_ih, self.bias)  # (B, T, 4H): one product for all steps
+        return ops.lstm(gates, h0.to(gates.dtype), c0.to(gates.dtype), self.weight_hh.to(gates.dtype))
+
+
+class LSTMLM(nn.Module):
+    """An LSTM language model.
+
+    >>> model = fastlm.LSTMLM(vocab_size=65, embedding_dim=128, hidden_dim=256, num_layers=2)
+    >>> logits, hidden = model(x)              # x (B, T) -> (B, T, V); hidden: two tensors (L, B, H)
+    >>> logits, hidden = model(x, hidden)      # go on where the tokens before ended
+
+    Args:
+        vocab_size, embedding_dim, hidden_dim, num_layers, and the rest: see `LSTMConfig`.
+    """
+
+    def __init__(self, vocab_size: int, embedding_dim: int, hidden_dim: int, num_layers: int, **options: Any) -> None:
+        super().__init__()
+        self.config = config = LSTMConfig(vocab_size, embedding_dim, hidden_dim, num_layers, **options)
+        self.gradient_checkpointing = False  # of no effect: the recurrence keeps what it needs
+        self.wte = nn.Embedding(vocab_size, embedding_dim)
+        widths = [embedding_dim] + [hidden_dim] * (num_layers - 1)
+        self.layers = nn.ModuleList(LSTMLayer(width, hidden_dim) for width in widths)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(hidden_dim, vocab_size, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: LSTMConfig) -> LSTMLM:
+        """The model of a configuration."""
+        return cls(**config.to_dict())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(H), as torch.nn.LSTM; the forget gates begin open (bias 1, Jozefowicz et al. 2015)."""
+        bound = self.config.hidden_dim**-0.5
+        nn.init.normal_(self.wte.weight, std=self.config.init_std)
+        for layer in self.layers:
+            nn.init.uniform_(layer.weight_ih, -bound, bound)
+            nn.init.uniform_(layer.weight_hh, -bound, bound)
+            nn.init.zeros_(layer.bias)
+            layer.bias[self.config.hidden_dim : 2 * self.config.hidden_dim].fill_(1.0)
+        if self.lm_head is not None:
+            nn.init.uniform_(self.lm_head.weight, -bound, bound)
+
+    def forward(
+        self,
+        x: Tensor,
+        hidden: Hidden | None = None,
+        *,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, Hidden]:
+        """Logits, or the loss, and the state after the last token.
+
+        Args:
+            x: (B, T), token ids, int64 or int32, any T of at least 1.
+            hidden: the state after the tokens before x, two tensors (L, B, H); None: zeros.
+            targets: (B, T), int64: what each position is to predict; -100 is left out of the loss.
+            reduction: of the loss: "mean" over the targets that count, "sum", or "none": (B, T).
+
+        Returns:
+            Logits (B, T, V), or with targets the loss in nats (float32, the logits are never held in full); and hidden.
+            For truncated backpropagation through time detach it: `hidden = tuple(t.detach() for t in hidden)`.
+
+        Raises:
+            ValueError: a wrong shape or dtype, and, on the CPU, a token id out of range.
+        """
+        states, hidden = self.hidden_states(x, hidden)
+        if targets is None:
+            return self.logits(states), hidden
+        if targets.shape != x.shape:
+            raise ValueError(f"targets must have x's shape {tuple(x.shape)}, got {tuple(targets.shape)}")
+        return ops.linear_cross_entropy(states, self.head_weight, targets, reduction=reduction), hidden
+
+    def hidden_states(self, x: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
+        """What the head reads, (B, T, H), and the state after the last token."""
+        self._check(x, hidden)
+        config = self.config
+        y = F.dropout(self.wte(x), config.dropout, self.training)
+        if hidden is None:
+            zeros = y.new_zeros(config.num_layers, x.shape[0], config.hidden_dim)
+            hidden = zeros, zeros
+        last, cells = [], []
+        for layer, h0, c0 in zip(self.layers, *hidden, strict=True):
+            y, cell = layer(y, h0, c0)
+            last.append(y[:, -1])
+            cells.append(cell)
+            y = F.dropout(y, config.dropout, self.training)
+        return y, (torch.stack(last), torch.stack(cells))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """states (..., H) -> logits (..., V)."""
+        return F.linear(states, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight of the language-model head, (V, H)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def generate(
+        self, idx: Tensor | Sequence[Tensor] | Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+    ) -> Any:
+        """Continue the prompts: see `fastlm.generation.generate_recurrent` for the options."""
+        from fastlm.generation import generate_recurrent  # generation is built on models: imported when it is called
+
+        return generate_recurrent(self, idx, max_new_tokens, **options)
+
+    def num_parameters(self, *, non_embedding: bool = False) -> int:
+        """How many numbers are learned; `non_embedding`: without the token table, unless it is tied to the head."""
+        count = sum(p.numel() for p in self.parameters())
+        return count - (self.wte.weight.numel() if non_embedding and self.lm_head is not None else 0)
+
+    def flops_per_token(self, length: int | None = None) -> float:
+        """Floating-point operations of training on one token: 6 for each parameter that is multiplied by."""
+        return 6.0 * self.num_parameters(non_embedding=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.wte.weight.device
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, format: str = "fastlm") -> None:
+        """Write config.json and model.safetensors to a folder, in one step: whole, or what was there before.
+
+        Raises:
+            ValueError: a format other than "fastlm": transformers has no LSTM.
+        """
+        from fastlm.models.huggingface.atomic import replace_folder, sync
+
+        if format != "fastlm":
+            raise ValueError(f"an LSTMLM can be saved in the format 'fastlm' only, got {format!r}")
+        with replace_folder(Path(path).resolve(), keep=lambda name: True) as new:
+            fields = {"model_type": MODEL_TYPE, "config": self.config.to_dict()}
+            (new / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+            try:
+                save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{path} is unchanged: model.safetensors could not be written: {error}") from None
+            for file in new.iterdir():
+                sync(file)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LSTMLM:
+        """Load a folder that `save_pretrained` wrote; in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            ValueError: another kind of model, or a damaged file.
+        """
+        folder = Path(path)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is not a model: it has no {name}")
+        try:
+            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            kind = fields["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is damaged: {type(error).__name__}: {error}") from None
+        if kind != MODEL_TYPE:
+            raise ValueError(f"{folder} is a model of the type {kind!r}, wanted {MODEL_TYPE!r} (fastlm.LSTMLM)")
+        with torch.device("meta"):
+            model = cls.from_config(LSTMConfig.from_dict(fields["config"]))
+        model.to_empty(device=device)
+        _load_weights(model, folder / "model.safetensors")
+        return model.eval()
+
+    def _check(self, x: Tensor, hidden: Hidden | None) -> None:
+        config = self.config
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"x must have shape (B, T) with T at least 1, got {tuple(x.shape)}")
+        if x.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"x must be int64 or int32 token ids, got {x.dtype}")
+        wanted = (config.num_layers, x.shape[0], config.hidden_dim)
+        if hidden is not None and any(tuple(t.shape) != wanted for t in hidden):
+            got = " and ".join(str(tuple(t.shape)) for t in hidden)
+            raise ValueError(f"hidden must be two tensors of shape (L, B, H) = {wanted}, got {got}")
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in torch.aminmax(x))
+            if low < 0 or high >= config.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"x holds the token id {wrong}; this model knows 0 to {config.vocab_size - 1}")
+
+
+@torch.no_grad()
+def _load_weights(model: LSTMLM, path: Path) -> None:
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path, "pt") as file:
+            held = set(file.keys())
+            if held != parameters.keys():
+                missing, unknown = sorted(parameters.keys() - held), sorted(held - parameters.keys())
+                raise ValueError(f"{path} is of another model: missing {missing}, unknown {unknown}")
+            for name, parameter in parameters.items():
+                stored = file.get_tensor(name)
+                if stored.shape != parameter.shape:
+                    raise ValueError(
+                        f"{path}: {name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(stored)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
