@@ -8,9 +8,10 @@ from fastlm.ops.registry import UnsupportedError, backend
 if TYPE_CHECKING:
     from fastlm import optim
     from fastlm.models.gpt import GPT, GPTConfig
+    from fastlm.models.lstm import LSTMLM
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "UnsupportedError", "__version__", "backend", "ops", "optim"]
+__all__ = ["GPT", "LSTMLM", "GPTConfig", "UnsupportedError", "__version__", "backend", "ops", "optim"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from fastlm.models import gpt
 
         return getattr(gpt, name)
+    if name == "LSTMLM":
+        from fastlm.models.lstm import LSTMLM
+
+        return LSTMLM
     if name == "optim":
         import importlib
 

@@ -22,9 +22,10 @@ def layers(width: int) -> tuple[LSTMLayer, nn.LSTM]:
     theirs = nn.LSTM(width, width, batch_first=True)
     ours = LSTMLayer(width, width)
     with torch.no_grad():
-        ours.weight_ih.copy_(theirs.weight_ih_l0)
-        ours.weight_hh.copy_(theirs.weight_hh_l0)
-        ours.bias.copy_(theirs.bias_ih_l0 + theirs.bias_hh_l0)
+        weights = dict(theirs.named_parameters())
+        ours.weight_ih.copy_(weights["weight_ih_l0"])
+        ours.weight_hh.copy_(weights["weight_hh_l0"])
+        ours.bias.copy_(weights["bias_ih_l0"] + weights["bias_hh_l0"])
     return ours, theirs
 
 

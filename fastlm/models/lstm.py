@@ -35,7 +35,7 @@ class LSTMConfig:
     dropout: float = 0.0  # of the embedded tokens, between the layers, and before the head
     tie_embeddings: bool = False  # the head's weight is the token embedding's; needs embedding_dim == hidden_dim
     block_size: int = 64  # tokens between two cuts of backpropagation through time; not a limit of what it reads
-    init_std: float = 0.02  # of the embedding
+    init_std: float = 0.1  # of the embedding
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_layers", "block_size"):
@@ -109,11 +109,12 @@ class LSTMLM(nn.Module):
         """Uniform in ±1/sqrt(H), as torch.nn.LSTM; the forget gates begin open (bias 1, Jozefowicz et al. 2015)."""
         bound = self.config.hidden_dim**-0.5
         nn.init.normal_(self.wte.weight, std=self.config.init_std)
-        for layer in self.layers:
-            nn.init.uniform_(layer.weight_ih, -bound, bound)
-            nn.init.uniform_(layer.weight_hh, -bound, bound)
-            nn.init.zeros_(layer.bias)
-            layer.bias[self.config.hidden_dim : 2 * self.config.hidden_dim].fill_(1.0)
+        for p in self.layers.parameters():
+            if p.dim() == 2:
+                nn.init.uniform_(p, -bound, bound)
+            else:
+                nn.init.zeros_(p)
+                p[self.config.hidden_dim : 2 * self.config.hidden_dim].fill_(1.0)
         if self.lm_head is not None:
             nn.init.uniform_(self.lm_head.weight, -bound, bound)
 
@@ -151,7 +152,7 @@ class LSTMLM(nn.Module):
         """What the head reads, (B, T, H), and the state after the last token."""
         self._check(x, hidden)
         config = self.config
-        y = F.dropout(self.wte(x), config.dropout, self.training)
+        y = F.dropout(ops.embedding(x, self.wte.weight), config.dropout, self.training)
         if hidden is None:
             zeros = y.new_zeros(config.num_layers, x.shape[0], config.hidden_dim)
             hidden = zeros, zeros
@@ -269,9 +270,7 @@ def _load_weights(model: LSTMLM, path: Path) -> None:
             for name, parameter in parameters.items():
                 stored = file.get_tensor(name)
                 if stored.shape != parameter.shape:
-                    raise ValueError(
-                        f"{path}: {name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}"
-                    )
+                    raise ValueError(f"{path}: {name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}")
                 parameter.copy_(stored)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
