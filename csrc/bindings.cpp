@@ -23,6 +23,7 @@
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
 #include "rotary/rotary.h"
+#include "sampling/sample.h"
 
 namespace py = pybind11;
 using namespace fastlm;
@@ -221,6 +222,15 @@ void embedding_backward(bool on_cuda, Address dy, Address keys, Address order, A
   on_cuda ? embedding_backward_cuda(p, at<void>(stream)) : embedding_backward_cpu(p);
 }
 
+void sample(bool on_cuda, Address logits, Address ids, Address rng_state, int64_t rows, int64_t vocabulary,
+            int64_t stride, bool state_a_row, float temperature, int64_t top_k, double top_p, float log_min_p, int type,
+            Address stream) {
+  const Sample p{at<void>(logits), at<int64_t>(ids), at<int64_t>(rng_state), rows,  vocabulary, stride, state_a_row,
+                 temperature,      top_k,            top_p,                  log_min_p, dtype(type)};
+  py::gil_scoped_release release;
+  on_cuda ? sample_cuda(p, at<void>(stream)) : sample_cpu(p);
+}
+
 // `function`: the code of a VectorFunction; n floats from `in` to `out`.
 void vector_math(int64_t function, Address in, Address out, int64_t n) {
   if (function < 0 || function > 4) throw std::invalid_argument("wanted a function from 0 to 4, got " + std::to_string(function));
@@ -312,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_forward", &embedding_forward);
   m.def("embedding_backward_workspace", &embedding_backward_workspace);
   m.def("embedding_backward", &embedding_backward);
+  m.def("sample", &sample);
   m.def("adamw_step", &adamw_step);
 
   m.def("pooled_tensor", &pooled_tensor);

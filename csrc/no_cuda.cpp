@@ -6,6 +6,7 @@
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
 #include "rotary/rotary.h"
+#include "sampling/sample.h"
 
 namespace fastlm {
 namespace {
@@ -25,5 +26,6 @@ void rotary_cuda(const Rotary&, void*) { no_cuda(); }
 void embedding_forward_cuda(const EmbeddingForward&, void*) { no_cuda(); }
 int64_t embedding_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }
 void embedding_backward_cuda(const EmbeddingBackward&, void*) { no_cuda(); }
+void sample_cuda(const Sample&, void*) { no_cuda(); }
 
 }  // namespace fastlm

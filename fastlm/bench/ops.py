@@ -39,8 +39,7 @@ def compare(
     case: Case, dtype: torch.dtype, device: str, rounds: int, budget: float, skip: set[str]
 ) -> Iterator[Comparison]:
     """Time and check one case, in each of its modes. `skip`: peers that are not wanted."""
-    modes = [STEP] if "in-place" in case.traits else [FORWARD, BACKWARD]
-    for mode in modes:
+    for mode in modes_of(case):
         arguments = case.build(Maker(dtype, device))
         peers = [p for p in peers_of(case, arguments) if p.name not in skip]
         calls = {p.name: call_of(p, arguments, mode) for p in peers if p.reason is None}
@@ -48,7 +47,7 @@ def compare(
         results = [measured.get(p.name, Result(p.name, reason=p.reason)) for p in peers]
         wanted = reference(case, dtype, device, mode)
         for peer, result in zip(peers, results, strict=True):
-            if result.seconds:
+            if result.seconds and "random" not in case.traits:
                 try:
                     result.error = difference(numbers(peer, case.build(Maker(dtype, device)), mode), wanted)
                 except Exception as error:
@@ -67,6 +66,13 @@ def difference(got: list[Tensor | None], wanted: list[Tensor | None]) -> float:
         scale = b.double().norm().item()
         worst = max(worst, (a.double() - b.double()).norm().item() / (scale or 1.0))
     return worst
+
+
+def modes_of(case: Case) -> list[str]:
+    """What is timed of a case."""
+    if "in-place" in case.traits:
+        return [STEP]
+    return [FORWARD] if "forward" in case.traits else [FORWARD, BACKWARD]
 
 
 def op_name(case: Case) -> str:

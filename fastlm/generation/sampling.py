@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlm import ops
+
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens that are in `seen`, (N, V) bool, less likely (penalty > 1).
@@ -91,10 +93,14 @@ class Sampling:
         return logits
 
     def __call__(self, logits: Tensor, seen: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One token for each row of logits (N, V): (N), int64."""
-        if self.temperature == 0:
-            if self.repetition_penalty is not None and seen is not None:
-                logits = penalise_repetition(logits.float(), seen, self.repetition_penalty)
-            return logits.argmax(dim=-1)
-        probabilities = self.filtered(logits, seen).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        """One token for each row of logits (N, V): (N), int64. Drawn by `fastlm.ops.sample`."""
+        if self.repetition_penalty is not None and seen is not None:
+            logits = penalise_repetition(logits.float(), seen, self.repetition_penalty)
+        return ops.sample(
+            logits,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            generator=generator,
+        )

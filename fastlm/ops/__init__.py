@@ -9,6 +9,7 @@ from fastlm.ops.lstm import lstm
 from fastlm.ops.mlp import linear_act, mlp
 from fastlm.ops.registry import explain
 from fastlm.ops.rotary import rotary
+from fastlm.ops.sample import sample
 
 __all__ = [
     "adamw_",
@@ -22,4 +23,5 @@ __all__ = [
     "mlp",
     "rms_norm",
     "rotary",
+    "sample",
 ]

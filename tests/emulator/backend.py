@@ -19,6 +19,7 @@ from fastlm.ops.embedding import native as embedding
 from fastlm.ops.layer_norm import native as layer_norm
 from fastlm.ops.mlp import cuda as mlp
 from fastlm.ops.rotary import native as rotary
+from fastlm.ops.sample import native as sample
 from tests.emulator import build
 
 NAME = "emulator"
@@ -90,6 +91,9 @@ class Compiled:
     def activation_backward_cuda(self, *arguments: Any) -> None:
         module().activation_backward_cuda(*arguments)
 
+    def sample(self, on_cuda: bool, *arguments: Any) -> None:
+        module().sample(True, *arguments)
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
@@ -131,3 +135,4 @@ def register() -> None:
     registry.register_implementation("embedding", NAME, Emulated(embedding))
     for op in ("linear_act", "mlp"):
         registry.register_implementation(op, NAME, Emulated(mlp))
+    registry.register_implementation("sample", NAME, Emulated(sample))
