@@ -124,6 +124,8 @@ void activation_backward_on_cuda(Address pre, Address dhidden, Address dpre, Add
                              activation(act), dtype(type)};
   py::gil_scoped_release release;
   activation_backward_cuda(p, at<void>(stream));
+}
+
 // Addresses and sizes in the order of lstm.h.
 void lstm_forward(const std::array<Address, 8>& a, int64_t batch, int64_t steps, int64_t hidden) {
   const LstmForward p{at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]),
