@@ -19,6 +19,7 @@
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
+#include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
@@ -140,6 +141,14 @@ void lstm_backward(const std::array<Address, 10>& a, int64_t batch, int64_t step
                        batch,           steps,           hidden};
   py::gil_scoped_release release;
   lstm_backward_cpu(p);
+}
+
+void skinny_linear(Address x, Address weight, Address bias, Address y, int64_t rows, int64_t cols, int64_t depth,
+                   int64_t x_stride, int64_t weight_stride, int type) {
+  const SkinnyLinear p{at<void>(x), at<void>(weight), at<void>(bias), at<void>(y), rows,
+                       cols,        depth,            x_stride,       weight_stride, dtype(type)};
+  py::gil_scoped_release release;
+  skinny_linear_cpu(p);
 }
 
 void cross_entropy_block(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
@@ -313,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_backward_workspace_cuda", &activation_backward_workspace_cuda);
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
+  m.def("skinny_linear", &skinny_linear);
   m.def("lstm_forward", &lstm_forward);
   m.def("lstm_forward_workspace", &lstm_forward_workspace_cpu);
   m.def("lstm_backward", &lstm_backward);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.linear import Linear
 
 
 class Cache(Protocol):
@@ -57,8 +58,8 @@ class Attention(nn.Module):
         self.n_kv_head = n_kv_head or n_head
         self.head_dim = head_dim or n_embd // n_head
         self.scale, self.window, self.softcap, self.dropout = scale, window, softcap, dropout
-        self.qkv = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_dim, bias=qkv_bias)
-        self.proj = nn.Linear(n_head * self.head_dim, n_embd, bias=proj_bias)
+        self.qkv = Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_dim, bias=qkv_bias)
+        self.proj = Linear(n_head * self.head_dim, n_embd, bias=proj_bias)
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
 from fastlm.ops.embedding import embedding
 from fastlm.ops.layer_norm import layer_norm, rms_norm
+from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.lstm import lstm
 from fastlm.ops.mlp import linear_act, mlp
@@ -17,6 +18,7 @@ __all__ = [
     "embedding",
     "explain",
     "layer_norm",
+    "linear",
     "linear_act",
     "linear_cross_entropy",
     "lstm",

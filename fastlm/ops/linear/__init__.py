@@ -1,0 +1,113 @@
+"""A linear layer: x @ weight.T + bias.
+
+Large products belong to the machine's library (cuBLAS, oneDNN, MKL), through torch. What is ours: on the CPU the few
+rows of decoding run through a kernel that reads each weight once, and large results come from kept memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlm.ops import checks, library, registry
+from fastlm.ops.linear import native, reference
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16 (float64 on the reference backend); any strides.
+        weight: (F, C), x's dtype.
+        bias: (F), x's dtype, or None.
+
+    Returns:
+        (..., F) in x's dtype. Under autocast all three are converted to its dtype first.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+        UnsupportedError: the backend that was asked for cannot run the call.
+    """
+    call = _prepare(x, weight, bias)
+    backend = registry.choose("linear", x.device.type, call)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call):
+        return _Linear.apply(*call, backend)
+    return _forward(*call, backend)
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
+    """Check the contract; the arguments of the raw op.
+
+    The conditions stand in front of the checks that word the errors, because a call of a check costs as much as a small
+    product.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = checks.autocast(x, weight, bias)
+    if x.dim() == 0:
+        raise ValueError("linear: x must have at least one dimension, got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"linear: weight must have shape (F, C), C = {x.shape[-1]} as in x of shape {tuple(x.shape)},"
+            f" got {tuple(weight.shape)}"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"linear: weight must not be empty, got shape {tuple(weight.shape)}")
+    if x.dtype not in checks.FLOATS:
+        checks.floating("linear", x=x)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            checks.same_device("linear", "x", x, **{name: t})
+            checks.same_dtype("linear", "x", x, **{name: t})
+    if bias is not None and bias.shape != weight.shape[:1]:
+        checks.shape("linear", "bias", bias, (weight.shape[0],), "(F)")
+    return x, weight, bias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):  # type: ignore[override]
+        ctx.backend = backend
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = _backward(dy, x, weight, needs, ctx.backend)
+        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
+
+
+def _forward_impl(x, weight, bias, backend):
+    return registry.implementation("linear", backend).forward(x, weight, bias)
+
+
+def _forward_fake(x, weight, bias, backend):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _backward_impl(dy, x, weight, needs, backend):
+    return registry.implementation("linear", backend).backward(dy, x, weight, needs)
+
+
+def _backward_fake(dy, x, weight, needs, backend):
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        x.new_empty(weight.shape if needs[1] else 0),
+        x.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+_forward = library.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _forward_impl, _forward_fake
+)
+# dx, dweight, dbias; each empty where its element of `needs` is false
+_backward = library.define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
+
+registry.register("linear", _prepare, reference=reference, cpu=native, cuda=native)
