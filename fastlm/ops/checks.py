@@ -55,4 +55,5 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Inside it, autocast leaves matrix products alone: a raw op computes in the dtypes that it was given."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # there is no autocast of meta tensors to ask about
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

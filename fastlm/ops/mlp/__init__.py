@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.mlp import cuda, native, reference
+from fastlm.ops.mlp import cuda, native, reference, triton
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 
 
@@ -258,5 +258,5 @@ _mlp_backward = library.define(
     _mlp_backward_fake,
 )
 
-registry.register("linear_act", _prepare_linear_act, reference=reference, cpu=native, cuda=cuda)
-registry.register("mlp", _prepare_mlp, reference=reference, cpu=native, cuda=cuda)
+registry.register("linear_act", _prepare_linear_act, reference=reference, cpu=native, cuda=cuda, triton=triton)
+registry.register("mlp", _prepare_mlp, reference=reference, cpu=native, cuda=cuda, triton=triton)
