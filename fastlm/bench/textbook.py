@@ -50,9 +50,10 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, config.mlp_size, bias=config.has_bias("mlp"))
         self.proj = nn.Linear(config.mlp_size, config.n_embd, bias=config.has_bias("mlp"))
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -111,7 +112,11 @@ class TextbookGPT(nn.Module):
 
 
 def _check(config: GPTConfig) -> None:
-    wanted = {"norm": "layer_norm", "position": "learned", "activation": "gelu_tanh", "tie_embeddings": True}
+    if config.activation not in ("gelu", "gelu_tanh"):
+        raise ValueError(
+            f"the textbook model is GPT-2: activation must be gelu or gelu_tanh, got {config.activation!r}"
+        )
+    wanted = {"norm": "layer_norm", "position": "learned", "tie_embeddings": True}
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise ValueError(f"the textbook model is GPT-2: {name} must be {value!r}, got {getattr(config, name)!r}")

@@ -1,5 +1,6 @@
 """Generation: `generate`, the caches it uses, and the sampling functions."""
 
+from fastlm.generation.beam import Hypothesis, beam_search
 from fastlm.generation.cache import KVCache, RaggedCache
 from fastlm.generation.generate import generate
 from fastlm.generation.recurrent import generate_recurrent
@@ -7,9 +8,11 @@ from fastlm.generation.sampling import Sampling, filter_min_p, filter_top_k, fil
 from fastlm.generation.stopping import stop_rule
 
 __all__ = [
+    "Hypothesis",
     "KVCache",
     "RaggedCache",
     "Sampling",
+    "beam_search",
     "filter_min_p",
     "filter_top_k",
     "filter_top_p",
