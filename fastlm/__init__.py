@@ -7,19 +7,31 @@ from fastlm.ops.registry import UnsupportedError, backend
 
 if TYPE_CHECKING:
     from fastlm import optim
+    from fastlm.models.encoder import Encoder, EncoderConfig
     from fastlm.models.gpt import GPT, GPTConfig
     from fastlm.models.lstm import LSTMLM
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "LSTMLM", "GPTConfig", "UnsupportedError", "__version__", "backend", "ops", "optim"]
+__all__ = [
+    "GPT",
+    "LSTMLM",
+    "Encoder",
+    "EncoderConfig",
+    "GPTConfig",
+    "UnsupportedError",
+    "__version__",
+    "backend",
+    "ops",
+    "optim",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import the model and the optimizer on first use: the ops alone load faster."""
-    if name in ("GPT", "GPTConfig"):
-        from fastlm.models import gpt
+    if name in ("GPT", "GPTConfig", "Encoder", "EncoderConfig"):
+        from fastlm import models
 
-        return getattr(gpt, name)
+        return getattr(models, name)
     if name == "LSTMLM":
         from fastlm.models.lstm import LSTMLM
 

@@ -4,6 +4,7 @@ from fastlm.data.bpe import BPETokenizer
 from fastlm.data.corpus import stdlib_documents
 from fastlm.data.documents import Document, find_files, read_documents
 from fastlm.data.loader import TokenData, WindowLoader, dataset_tokenizer
+from fastlm.data.masking import MaskedLoader, Masker
 from fastlm.data.prepare import split_by_document, split_tail, write_dataset
 from fastlm.data.ranks import RanksTokenizer
 from fastlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, make_tokenizer
@@ -13,6 +14,8 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Document",
+    "MaskedLoader",
+    "Masker",
     "RanksTokenizer",
     "TokenData",
     "Tokenizer",

@@ -8,12 +8,14 @@ numbers see together exactly what one process sees.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastlm.data.batches import Batch
 from fastlm.data.prepare import MANIFEST
 from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -149,6 +151,18 @@ class WindowLoader:
             begin, shard, start = self._ahead = (first, *self._locate(np.arange(first, first + count, dtype=np.uint64)))
         rows = slice(first - begin, first - begin + self.batch_size)
         return self._gather(shard[rows], start[rows])
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text: turns the loss into bits per byte. None where the loss is not that of a text."""
+        return self.data.bytes_per_token
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
+        """`count` windows at even distances in batches, each with its weight in the mean loss (its windows)."""
+        x, y = self.evenly_spaced(count)
+        for i in range(0, len(x), self.batch_size):
+            rows = slice(i, i + self.batch_size)
+            yield (x[rows], y[rows]), len(x[rows])
 
     def evenly_spaced(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`count` windows at even distances over the whole split (fewer, where there are not so many that differ):

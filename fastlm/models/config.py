@@ -90,7 +90,7 @@ class GPTConfig:
         from fastlm.models.presets import PRESETS
 
         if name not in PRESETS:
-            near = _nearest(name, PRESETS)
+            near = nearest(name, PRESETS)
             raise ValueError(f"there is no preset {name!r}{near}; the presets are: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
 
@@ -100,7 +100,7 @@ class GPTConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ValueError(f"GPTConfig has no field {name!r}{_nearest(name, known)}")
+                raise ValueError(f"GPTConfig has no field {name!r}{nearest(name, known)}")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,13 +112,13 @@ class GPTConfig:
         if isinstance(rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(rope_scaling))
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            _check_positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         for name in ("n_kv_head", "head_dim", "intermediate_size", "sliding_window"):
             if getattr(self, name) is not None:
-                _check_positive_int(name, getattr(self, name))
-        _check_choice("norm", self.norm, NORMS)
-        _check_choice("position", self.position, POSITIONS)
-        _check_choice("activation", self.activation, ACTIVATIONS)
+                check_positive_int(name, getattr(self, name))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("position", self.position, POSITIONS)
+        check_choice("activation", self.activation, ACTIVATIONS)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), or head_dim must be given"
@@ -146,16 +146,16 @@ class GPTConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{nearest(str(value), choices)}")
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
+from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
 from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
 from fastlm.nn.computed import Computed
+from fastlm.nn.packing import packed_positions
 
 __all__ = ["GPT", "Block", "GPTConfig"]
 
@@ -224,15 +226,11 @@ class GPT(nn.Module):
             return cache.positions(tokens, idx.device)
         positions = torch.arange(tokens, device=idx.device)
         if cu_seqlens is not None:  # each sequence starts at 0
-            sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-            positions = positions - cu_seqlens[sequence]
+            positions = packed_positions(cu_seqlens, tokens)[1]
         return positions
 
     def _check(self, idx: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: Cache | None) -> None:
-        if idx.dim() != 2:
-            raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
-        if idx.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"idx must be int64 or int32 token ids, got {idx.dtype}")
+        check_ids(idx, self.config.vocab_size)
         longest = idx.shape[1] + (0 if cache is None else cache.length)
         if cu_seqlens is not None:
             if idx.shape[0] != 1 or cache is not None:
@@ -243,13 +241,6 @@ class GPT(nn.Module):
             longest = longest if max_seqlen is None else max_seqlen
         if longest > self.config.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than block_size = {self.config.block_size}")
-        # Reading the ids is cheap on a CPU. On a GPU it would wait for the stream, and in a compiled graph break it:
-        # there the embedding of such an id is NaN.
-        if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in torch.aminmax(idx))
-            if low < 0 or high >= self.config.vocab_size:
-                wrong = low if low < 0 else high
-                raise ValueError(f"idx holds the token id {wrong}; this model knows 0 to {self.config.vocab_size - 1}")
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Causal self-attention as a module: one packed projection in, one projection out."""
+"""Self-attention as a module: one packed projection in, one projection out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cache(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal multi-head, grouped-query or multi-query attention.
+    """Multi-head, grouped-query or multi-query attention, causal unless told otherwise.
 
     `qkv` is one projection; its rows are the queries of all heads, then the keys, then the values. Attention reads the
     three as views of its result, without a copy (in training rotary positions write new queries and keys).
@@ -46,6 +46,7 @@ class Attention(nn.Module):
         n_kv_head: int | None = None,
         head_dim: int | None = None,
         *,
+        causal: bool = True,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         scale: float | None = None,
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         self.n_head = n_head
         self.n_kv_head = n_kv_head or n_head
         self.head_dim = head_dim or n_embd // n_head
+        self.causal = causal
         self.scale, self.window, self.softcap, self.dropout = scale, window, softcap, dropout
         self.qkv = Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_dim, bias=qkv_bias)
         self.proj = Linear(n_head * self.head_dim, n_embd, bias=proj_bias)
@@ -85,7 +87,7 @@ class Attention(nn.Module):
         if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
             q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
         options: dict[str, Any] = {
-            "causal": True,
+            "causal": self.causal,
             "scale": self.scale,
             "window": self.window,
             "softcap": self.softcap,

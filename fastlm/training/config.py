@@ -21,6 +21,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 ORDERS = ("random", "shuffled")
 PARALLEL = ("ddp", "fsdp")
+OBJECTIVES = ("causal", "masked")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class DataConfig:
 class TrainingConfig:
     """How to train."""
 
+    objective: str = "causal"  # predict the next token (fastlm.GPT); "masked": the tokens left out (fastlm.Encoder)
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # windows in one forward pass
     grad_accum: int = 1  # forward passes for one optimizer step
@@ -52,6 +54,25 @@ class TrainingConfig:
     compile: bool = False  # torch.compile the model
     parallel: str = "ddp"  # several processes: each holds the model ("ddp") or a part of it ("fsdp", FSDP2)
     gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass
+
+
+@dataclass
+class MaskingConfig:
+    """Which tokens a masked model has to predict, and what stands in their place (Devlin et al., arXiv:1810.04805)."""
+
+    rate: float = 0.15  # of the tokens
+    mask: float = 0.8  # of those: the mask token
+    random: float = 0.1  # of those: any other token; the rest stays as it is
+    whole_word: bool = False  # choose words, not tokens
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., arXiv:2106.09685): train these alone, and the model stays as it is."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 16.0  # the adapters' sum is scaled by alpha / rank
+    targets: str = "qv"  # which projections: "qv" (peft's default), "attention", or "all"
 
 
 @dataclass
@@ -97,11 +118,19 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that defines a run. `model` holds a `preset` and/or fields of `fastlm.GPTConfig`."""
+    """Everything that defines a run.
+
+    `model` holds a `preset` and/or fields of `fastlm.GPTConfig`, or of `fastlm.EncoderConfig` for a masked objective.
+    `task` is there in a fine-tuning run: its `name`, the `model` it began with, and the settings of its module in
+    `fastlm.tasks`, which checks them.
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    task: dict[str, Any] = field(default_factory=dict)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -110,6 +139,9 @@ class RunConfig:
     def validate(self) -> None:
         """Raise ValueError for values that make no sense together or alone."""
         t, e, c, o = self.training, self.evaluation, self.checkpoint, self.optimizer
+        m, lora = self.masking, self.lora
+        _one_of("training.objective", t.objective, OBJECTIVES)
+        _one_of("lora.targets", lora.targets, ("qv", "attention", "all"))
         _one_of("training.precision", t.precision, PRECISIONS)
         _one_of("training.schedule", t.schedule, SCHEDULES)
         _one_of("training.parallel", t.parallel, PARALLEL)
@@ -123,6 +155,7 @@ class RunConfig:
             ("evaluation.sample_every", e.sample_every),
             ("checkpoint.every", c.every),
             ("optimizer.weight_decay", o.weight_decay),
+            ("lora.rank", lora.rank),
         ):
             _at_least(name, least_zero, 0)
         for name, least_one in (
@@ -134,7 +167,7 @@ class RunConfig:
             ("checkpoint.keep_last", c.keep_last),
         ):
             _at_least(name, least_one, 1)
-        for name, number in (("training.lr", t.lr), ("optimizer.eps", o.eps)):
+        for name, number in (("training.lr", t.lr), ("optimizer.eps", o.eps), ("lora.alpha", lora.alpha)):
             if not number > 0:
                 raise ValueError(f"{name} must be positive, got {number}")
         for name, part in (
@@ -142,9 +175,19 @@ class RunConfig:
             ("training.decay_fraction", t.decay_fraction),
             ("optimizer.beta1", o.beta1),
             ("optimizer.beta2", o.beta2),
+            ("masking.rate", m.rate),
+            ("masking.mask", m.mask),
+            ("masking.random", m.random),
         ):
             if not 0 <= part <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {part}")
+        if not m.rate or m.mask + m.random > 1:
+            raise ValueError(
+                f"masking.rate must be above 0 and masking.mask + masking.random at most 1, got {m.rate} and "
+                f"{m.mask} + {m.random}"
+            )
+        if t.objective == "masked" and e.sample_every:
+            raise ValueError(f"a masked model does not continue texts: evaluation.sample_every is {e.sample_every}, not 0")
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -184,7 +227,12 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
         if not isinstance(table, dict):
             raise ValueError(f"{name} must be a section with keys, got {table!r}")
         if name == "model":
-            config.model = {key: _checked_model_value(key, value) for key, value in table.items()}
+            objective = (tables.get("training") or {}).get("objective", "causal")
+            hints = _model_hints(objective)
+            config.model = {key: _checked_model_value(key, value, hints) for key, value in table.items()}
+            continue
+        if name == "task":
+            config.task = table
             continue
         hints = typing.get_type_hints(type(sections[name]))
         for key, value in table.items():
@@ -219,14 +267,24 @@ def config_to_toml(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _model_hints() -> dict[str, Any]:
-    from fastlm.models.gpt import GPTConfig
+def section_from_dict(cls: type, name: str, table: dict[str, Any]) -> Any:
+    """A dataclass of settings from a table, with the same errors as `load_config`: for the settings of a task."""
+    section, hints = cls(), typing.get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+        setattr(section, key, _typed(f"{name}.{key}", value, hints[key]))
+    return section
 
-    return {"preset": str, **typing.get_type_hints(GPTConfig)}
+
+def _model_hints(objective: str) -> dict[str, Any]:
+    from fastlm.models.config import GPTConfig
+    from fastlm.models.encoder_config import EncoderConfig
+
+    return {"preset": str, **typing.get_type_hints(EncoderConfig if objective == "masked" else GPTConfig)}
 
 
-def _checked_model_value(key: str, value: Any) -> Any:
-    hints = _model_hints()
+def _checked_model_value(key: str, value: Any, hints: dict[str, Any]) -> Any:
     if key not in hints:
         raise ValueError(f"unknown key model.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
     return _typed(f"model.{key}", value, hints[key])

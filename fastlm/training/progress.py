@@ -20,7 +20,7 @@ class Display(Protocol):
 
     def step(self, step: int, loss: float, tokens: int) -> None: ...
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None: ...
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -106,8 +106,9 @@ class LiveDisplay(_Base):
             left=self._left(step),
         )
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
-        self.last_val = f"  val {val_loss:.3f} ({bits_per_byte:.2f} bits/byte)"
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None) -> None:
+        self.last_val = f"  val {val_loss:.3f}"
+        self.last_val += "" if bits_per_byte is None else f" ({bits_per_byte:.2f} bits/byte)"
         self.progress.update(self.task, val=self.last_val)
         self.speed.start(step)
 
@@ -138,8 +139,9 @@ class PlainDisplay(_Base):
             speed = f"{self.speed.tokens_per_second:,.0f} tok/s"
             self.note(f"step {step}/{self.steps}  loss {loss:.3f}  {speed}  {self._left(step)} left")
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float) -> None:
-        self.note(f"step {step}/{self.steps}  validation loss {val_loss:.3f}  {bits_per_byte:.3f} bits per byte")
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None) -> None:
+        bits = "" if bits_per_byte is None else f"  {bits_per_byte:.3f} bits per byte"
+        self.note(f"step {step}/{self.steps}  validation loss {val_loss:.3f}{bits}")
         self.speed.start(step)
 
     def note(self, text: str) -> None:

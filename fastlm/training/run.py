@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 
 import fastlm
-from fastlm.data import TokenData, Tokenizer, WindowLoader, dataset_tokenizer
+from fastlm.data import MaskedLoader, TokenData, Tokenizer, WindowLoader, dataset_tokenizer
+from fastlm.data.batches import Loader
 from fastlm.data.loader import read_manifest
+from fastlm.data.masking import Masker
+from fastlm.data.special import special_ids
+from fastlm.models.encoder import Encoder, EncoderConfig
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.models.huggingface import model_from_pretrained
 from fastlm.training.allocator import keep_freed_memory
 from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, flush_to_disk
 from fastlm.training.config import RunConfig, config_to_toml, load_config
@@ -35,8 +40,30 @@ from fastlm.training.trainer import Trainer, TrainResult, resolve_device
 CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
 
 
-def start_run(config: RunConfig, run: str | Path, *, display: Display | None = None) -> TrainResult:
-    """Train from scratch into a new run folder. Under torchrun all processes call it, and the first one writes.
+Loaders = tuple[Loader, "Loader | None"]
+
+
+class Source(Protocol):
+    """What a run begins with: `Pretraining`, or a task of `fastlm.tasks`."""
+
+    tokenizer: Tokenizer
+
+    def make_model(self) -> Any:
+        """The model, on the CPU (see `Trainer` for what it has to have)."""
+        ...
+
+    def loaders(self, model: Any, group: Processes) -> Loaders:
+        """Where this process takes its batches from: for training and, if there is any, for validation."""
+        ...
+
+
+def start_run(
+    config: RunConfig, run: str | Path, *, display: Display | None = None, source: Source | None = None
+) -> TrainResult:
+    """Train into a new run folder. Under torchrun all processes call it, and the first one writes.
+
+    Args:
+        source: default: the model and the dataset that the config names, from scratch.
 
     Raises:
         FileExistsError: the folder is not empty: a run is never overwritten.
@@ -46,20 +73,19 @@ def start_run(config: RunConfig, run: str | Path, *, display: Display | None = N
     check_free(run)
     check_installed(config.logging)
     with processes(config.training.device) as (group, device):
-        torch.manual_seed(config.training.seed)  # the same weights on every process
-        data = _Data(config, group)
-        model_config = make_model_config(config, data.tokenizer)
-        config.model = model_config.to_dict()  # what the presets and the tokenizer came to
         torch_device = resolve_device(device)
-        loaders = data.loaders(model_config.block_size)
-        model = GPT(model_config).to(torch_device)
+        source = source or Pretraining(config)
+        torch.manual_seed(config.training.seed)  # the same weights on every process
+        model = source.make_model()
+        loaders = source.loaders(model, group)
+        model.to(torch_device)
         torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
         group.barrier()  # every process has seen that the folder is free
         if group.is_first:
             run.mkdir(parents=True, exist_ok=True)
-            data.tokenizer.save(run / "tokenizer")
+            source.tokenizer.save(run / "tokenizer")
             _write_config(config, run)
-        trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display)
+        trainer = _trainer(model, config, source.tokenizer, loaders, run, group, display)
         trainer.journal.write("start", step=0, **_about(trainer))
         return _fit(trainer, run)
 
@@ -78,16 +104,22 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
     config = load_config(run / CONFIG, overrides)
+    if config.task:
+        raise ValueError(
+            f"{run} is a fine-tuning run ({config.task.get('name')}), and only pretraining is resumed: start it anew"
+        )
     check_installed(config.logging)
     checkpoint = _checkpoint_to_resume(run, config)
     with processes(config.training.device) as (group, device):
-        data = _Data(config, group)
-        model = GPT.from_pretrained(checkpoint.model_path).to(resolve_device(device))
-        if model.config != GPTConfig.from_dict(config.model):
+        source = Pretraining(config)
+        model = model_from_pretrained(checkpoint.model_path).to(resolve_device(device))
+        if model.config != make_model_config(config, source.tokenizer):
             raise ValueError(f"the checkpoint {checkpoint.path} is of another model than the one in {run / CONFIG}")
-        loaders = data.loaders(model.config.block_size)
+        loaders = source.loaders(model, group)
         group.barrier()  # every process has found the checkpoint before the first one goes on
-        trainer = _trainer(model, config, data.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step)
+        trainer = _trainer(
+            model, config, source.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step
+        )
         trainer.load_checkpoint(checkpoint)
         if group.is_first:
             _write_config(config, run)
@@ -117,16 +149,27 @@ def check_free(run: Path) -> None:
         raise FileExistsError(f"the folder {run} is not empty: choose another one for the run")
 
 
-def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
-    """The model's configuration: preset, then the fields given, then the tokenizer's vocabulary."""
+def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig | EncoderConfig:
+    """The model's configuration: preset, then the fields given, then the tokenizer's vocabulary.
+
+    A masked model has one id more than the tokenizer, for the mask, unless the vocabulary has such a token.
+    """
     fields: dict[str, Any] = dict(config.model)
-    vocab_size = fields.setdefault("vocab_size", tokenizer.vocab_size)
-    if vocab_size < tokenizer.vocab_size:
+    masked = config.training.objective == "masked"
+    needed = tokenizer.vocab_size
+    if masked:
+        mask = special_ids(tokenizer).mask
+        needed += mask is None
+        fields.setdefault("mask_token_id", tokenizer.vocab_size if mask is None else mask)
+    vocab_size = fields.setdefault("vocab_size", needed)
+    if vocab_size < needed:
         raise ValueError(
             f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}"
+            + (" and the mask" if masked and needed > tokenizer.vocab_size else "")
         )
     preset = fields.pop("preset", None)
-    return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
+    kind: Any = EncoderConfig if masked else GPTConfig
+    return kind.preset(preset, **fields) if preset else kind.from_dict(fields)
 
 
 def _write_config(config: RunConfig, run: Path) -> None:
@@ -137,14 +180,11 @@ def _write_config(config: RunConfig, run: Path) -> None:
     os.replace(temporary, run / CONFIG)
 
 
-Loaders = tuple[WindowLoader, "WindowLoader | None"]
+class Pretraining:
+    """A `Source`: the dataset of a run, its tokenizer, and a new model over its vocabulary."""
 
-
-class _Data:
-    """The dataset of a run: its splits, its tokenizer, and this process's loaders."""
-
-    def __init__(self, config: RunConfig, group: Processes):
-        self._config, self._group = config, group
+    def __init__(self, config: RunConfig):
+        self._config = config
         folder = config.data.path
         if not folder:
             raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
@@ -153,19 +193,29 @@ class _Data:
         self.val = TokenData.open(folder, "val") if "val" in splits else None
         self.tokenizer = dataset_tokenizer(folder)
 
-    def loaders(self, block_size: int) -> Loaders:
+    def make_model(self) -> GPT | Encoder:
+        """From scratch; notes in the config what the presets and the tokenizer came to."""
+        model_config = make_model_config(self._config, self.tokenizer)
+        self._config.model = model_config.to_dict()
+        return GPT(model_config) if isinstance(model_config, GPTConfig) else Encoder(model_config)
+
+    def loaders(self, model: GPT | Encoder, group: Processes) -> Loaders:
         """Of the training split and, where there is one, the validation split; ValueError where a text is too short."""
-        settings, group = self._config.training, self._group
+        settings, block_size = self._config.training, model.config.block_size
         train = WindowLoader(
             self.train, settings.batch_size, block_size, seed=settings.seed, order=self._config.data.order,
             rank=group.rank, world_size=group.world_size,
         )  # fmt: skip
-        if self.val is None:
-            return train, None
-        try:
-            return train, WindowLoader(self.val, settings.batch_size, block_size)
-        except ValueError as e:
-            raise ValueError(f"validation split of {self._config.data.path}: {e}") from None
+        val = None
+        if self.val is not None:
+            try:
+                val = WindowLoader(self.val, settings.batch_size, block_size)
+            except ValueError as e:
+                raise ValueError(f"validation split of {self._config.data.path}: {e}") from None
+        if isinstance(model, GPT):
+            return train, val
+        masker = Masker.make(self.tokenizer, self._config.masking, model.config.mask_token_id)
+        return MaskedLoader(train, masker), None if val is None else MaskedLoader(val, masker)
 
 
 def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:
@@ -184,7 +234,7 @@ def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:
 
 
 def _trainer(
-    model: GPT,
+    model: Any,
     config: RunConfig,
     tokenizer: Tokenizer,
     loaders: Loaders,
@@ -221,7 +271,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "parameters": trainer.model.num_parameters(),
         "flops_per_token": trainer.flops_per_token,
         "peak_flops": trainer.peak_flops or "unknown",
-        "bytes_per_token": trainer.train_loader.data.bytes_per_token,
+        "bytes_per_token": trainer.train_loader.bytes_per_token,
     }
 
 
@@ -232,6 +282,6 @@ def _fit(trainer: Trainer, run: Path) -> TrainResult:
         trainer.journal.close()
         for tracker in trainer.trackers:
             tracker.close()
-        data = (trainer.val_loader or trainer.train_loader).data
+        size = (trainer.val_loader or trainer.train_loader).bytes_per_token
         if trainer.group.is_first:
-            plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=data.bytes_per_token)
+            plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import time
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastlm.data import Tokenizer, WindowLoader
-from fastlm.models.gpt import GPT
+from fastlm.data import Tokenizer
+from fastlm.data.batches import Loader, forward_arguments
 from fastlm.optim import clip_grad_norm
 from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
@@ -45,12 +46,12 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains a model on windows of text; everything that must survive a crash is in its `state_dict` and in the
-    checkpoint.
+    """Trains a model on batches; everything that must survive a crash is in its `state_dict` and in the checkpoint.
 
     Args:
-        model: on its device already.
-        train, val: where windows come from; without `val` there is no validation.
+        model: on its device already: GPT, Encoder, or another module whose forward(x, y, …) returns (_, loss) and that
+            has `device`, `gradient_checkpointing`, `flops_per_token(length)` and `save_pretrained(path, format=)`.
+        train, val: where batches come from; without `val` there is no validation.
         run: the run folder.
         journal, display, trackers: where numbers go.
         group: the processes that train together; the model is the same on all of them.
@@ -58,11 +59,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPT,
+        model: Any,
         tokenizer: Tokenizer,
         config: RunConfig,
-        train: WindowLoader,
-        val: WindowLoader | None,
+        train: Loader,
+        val: Loader | None,
         *,
         run: Path,
         journal: Journal,
@@ -149,32 +150,33 @@ class Trainer:
         return TrainResult(reason, self.step, self.train_loss, self.val_loss, self.best_val_loss, speed)
 
     def evaluate(self) -> float | None:
-        """Mean loss over fixed windows of the validation split; None without one. Draws no random numbers."""
+        """Mean loss over fixed samples of the validation split; None without one. Draws no random numbers."""
         if self.val_loader is None:
             return None
-        x, y = self.val_loader.evenly_spaced(self.config.evaluation.windows)
-        total = 0.0
+        total, weights = 0.0, 0.0
         self.model.eval()
-        batch_size = self.config.training.batch_size
+        batches = self.val_loader.evaluation_batches(self.config.evaluation.windows)
         with torch.no_grad(), self._autocast(), self._outside_training():
-            for i in range(0, len(x), batch_size * self.group.world_size):
-                begin = i + batch_size * self.group.rank  # each process takes every world_size-th batch
-                rows = slice(begin, begin + batch_size)
-                count = len(x[rows])
-                if count == 0 and self.shards is None:
+            while together := list(itertools.islice(batches, self.group.world_size)):  # one for each process
+                if self.group.rank < len(together):
+                    batch, weight = together[self.group.rank]
+                elif self.shards is None:
                     continue
-                if count == 0:  # nothing is left for this process, but the others want its part of the weights
-                    rows = slice(0, 1)
-                _, loss = self.model(x[rows].to(self.device), y[rows].to(self.device))
-                total += loss.item() * count  # type: ignore[union-attr]
+                else:  # nothing is left for this process, but the others want its part of the weights
+                    batch, weight = together[0][0], 0
+                arguments, packing = forward_arguments(batch, self.device)
+                _, loss = self.model(*arguments, **packing)
+                total, weights = total + loss.item() * weight, weights + weight
         self.model.train()
-        self.val_loss = self.group.sum(total)[0] / len(x)
+        total, weights = self.group.sum(total, weights)
+        self.val_loss = total / weights
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
             self.best_val_loss, self.evaluations_since_best = self.val_loss, 0
         else:
             self.evaluations_since_best += 1
-        bits = bits_per_byte(self.val_loss, self.val_loader.data.bytes_per_token)
-        self._log("eval", val_loss=self.val_loss, bits_per_byte=bits)
+        size = self.val_loader.bytes_per_token
+        bits = None if size is None else bits_per_byte(self.val_loss, size)
+        self._log("eval", val_loss=self.val_loss, **({} if bits is None else {"bits_per_byte": bits}))
         self.display.evaluation(self.step, self.val_loss, bits)
         return self.val_loss
 
@@ -241,17 +243,17 @@ class Trainer:
         tokens = 0
         position = self.train_loader.samples
         for i in range(settings.grad_accum):
-            x, y = self._to_device(*self.train_loader.next_batch())
+            arguments, packing = forward_arguments(self.train_loader.next_batch(), self.device)
             last = i == settings.grad_accum - 1
             if self.shards is not None:
                 self.averaging.set_requires_gradient_sync(last)
             averages = last or self.shards is not None
             with contextlib.nullcontext() if averages else self.group.not_yet_averaging(self.averaging):
                 with self._autocast():
-                    _, loss = self.forward(x, y)
+                    _, loss = self.forward(*arguments, **packing)
                 (loss / settings.grad_accum).backward()
             loss_sum += loss.detach()
-            tokens += x.numel() * self.group.world_size
+            tokens += arguments[0].numel() * self.group.world_size
         loss_sum = self.group.mean(loss_sum)
         max_norm = settings.grad_clip or math.inf
         if self.shards is None:
@@ -278,7 +280,7 @@ class Trainer:
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {self.train_loss}, gradient norm {self.grad_norm}, lr {self.lr:g}, "
             f"at data position {position} "
-            f"(windows since the start); {last}. A lower training.lr or a longer training.warmup_steps often helps."
+            f"(samples since the start); {last}. A lower training.lr or a longer training.warmup_steps often helps."
         )
 
     def _report_step(self, tokens: int, seconds: float) -> None:
@@ -316,11 +318,6 @@ class Trainer:
     def _outside_training(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model is called other than for a step."""
         return contextlib.nullcontext() if self.shards is None else self.shards.gathering()
-
-    def _to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        if self.device.type != "cuda":
-            return list(tensors)
-        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

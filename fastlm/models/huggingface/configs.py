@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastlm.models.config import GPTConfig
+from fastlm.models.huggingface.activations import ACTIVATIONS, written_activation
+from fastlm.models.huggingface.encoder_configs import ENCODERS
 from fastlm.nn.rotary import RopeScaling
 
 Fields = dict[str, Any]
@@ -15,16 +17,6 @@ Fields = dict[str, Any]
 LLAMA_FAMILY = ("llama", "mistral", "qwen2")
 SUPPORTED = ("gpt2", *LLAMA_FAMILY, "fastlm")
 
-_ACTIVATIONS = {  # transformers' names -> ours; the first of each of ours is the one that is written
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-}
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -40,6 +32,11 @@ def config_from_huggingface(fields: Fields) -> GPTConfig:
         ValueError: an architecture that fastlm does not have, or an option of one that it does not have.
     """
     kind = fields.get("model_type")
+    if kind in ENCODERS:
+        raise ValueError(
+            f"this folder holds model_type {kind!r}, a masked model (fastlm.Encoder); a causal one is wanted here: "
+            f"{', '.join(SUPPORTED)}"
+        )
     if kind not in SUPPORTED:
         got = f"model_type {kind!r}" if kind else f"no model_type (architectures: {fields.get('architectures')})"
         raise ValueError(f"this folder holds {got}; fastlm loads: {', '.join(SUPPORTED)}")
@@ -75,8 +72,8 @@ def config_to_huggingface(config: GPTConfig) -> Fields:
 def _from_gpt2(fields: Fields) -> GPTConfig:
     _refuse(fields, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     activation = fields.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation_function {activation!r} is not one of: {', '.join(_ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation_function {activation!r} is not one of: {', '.join(ACTIVATIONS)}")
     return GPTConfig(
         vocab_size=fields["vocab_size"],
         block_size=fields["n_positions"],
@@ -88,7 +85,7 @@ def _from_gpt2(fields: Fields) -> GPTConfig:
         attention_dropout=fields.get("attn_pdrop", 0.1),
         embedding_dropout=fields.get("embd_pdrop", 0.1),
         norm_eps=fields.get("layer_norm_epsilon", 1e-5),
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         attention_scale=None if fields.get("scale_attn_weights", True) else 1.0,
         tie_embeddings=fields.get("tie_word_embeddings", True),
         init_std=fields.get("initializer_range", 0.02),
@@ -177,7 +174,7 @@ def _obstacles(config: GPTConfig) -> tuple[str, list[str]]:
         wanted += [
             ("position", config.position, ("learned",)),
             ("norm", config.norm, ("layer_norm",)),
-            ("activation", config.activation, tuple(dict.fromkeys(_ACTIVATIONS.values()))),
+            ("activation", config.activation, tuple(dict.fromkeys(ACTIVATIONS.values()))),
             ("n_kv_head", config.kv_heads, (config.n_head,)),
             ("n_head * head_dim", config.n_head * config.head_size, (config.n_embd,)),
             ("sliding_window", config.sliding_window, (None,)),
@@ -213,7 +210,7 @@ def _to_gpt2(config: GPTConfig) -> Fields:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": config.intermediate_size,
-        "activation_function": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "activation_function": written_activation(config.activation),
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
         "attn_pdrop": config.dropout if config.attention_dropout is None else config.attention_dropout,

@@ -8,16 +8,19 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fastlm.models.config import GPTConfig
+from fastlm.models.encoder import Encoder, EncoderConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.huggingface.configs import config_from_huggingface
-from fastlm.models.huggingface.names import Source, bare, is_ignored, sources
+from fastlm.models.huggingface.encoder_configs import ENCODERS, encoder_config_from_huggingface
+from fastlm.models.huggingface.names import Source, bare, is_ignored, rename_old, sources
 
+Model = TypeVar("Model", GPT, Encoder)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,18 +50,46 @@ def from_pretrained(
             a wrong shape or dtype, a truncated file, or weights in pickle files only.
     """
     folder = Path(path)
-    fields = _read_config(folder)
+    fields = read_config(folder)
     config = GPTConfig.from_dict({**config_from_huggingface(fields).to_dict(), **changes})
     with ExitStack() as stack:
         checkpoint = _Checkpoint(folder, stack, fields["model_type"])
         with torch.device("meta"):
             model = GPT(config)
-        plan = checkpoint.check(model)
-        model.to(checkpoint.dtype() if dtype == "auto" else dtype).to_empty(device=device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                checkpoint.read(plan[name], parameter)
-    return model.eval()
+        return checkpoint.fill(model, dtype, device)
+
+
+def encoder_from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    **changes: Any,
+) -> Encoder:
+    """Load a folder of BERT's or RoBERTa's, or an encoder of fastlm's own format; arguments as `from_pretrained`.
+
+    Whether it has a head for masked prediction and a pooler is seen from its tensors. Raises as `from_pretrained`.
+    """
+    folder = Path(path)
+    fields = read_config(folder)
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(folder, stack, fields.get("model_type", ""))
+        held = checkpoint.tensors.keys()
+        config = encoder_config_from_huggingface(
+            fields,
+            mlm_head=not held.isdisjoint(("cls.predictions.transform.dense.weight", "lm_head.dense.weight")),
+            pooler="pooler.dense.weight" in held,
+        )
+        with torch.device("meta"):
+            model = Encoder(EncoderConfig.from_dict({**config.to_dict(), **changes}))
+        return checkpoint.fill(model, dtype, device)
+
+
+def model_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT | Encoder:
+    """Load what config.json says is there: a causal model or an encoder."""
+    if read_config(Path(path)).get("model_type") in ENCODERS:
+        return encoder_from_pretrained(path, **options)
+    return from_pretrained(path, **options)
 
 
 class _Checkpoint:
@@ -75,8 +106,18 @@ class _Checkpoint:
                 raise ValueError(f"{file} is not a whole safetensors file ({size:,} bytes): {error}") from None
             for name in opened.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
                 self.tensors[bare(name, kind)] = (opened, name)
+        rename_old(self.tensors)
 
-    def check(self, model: GPT) -> dict[str, Source]:
+    def fill(self, model: Model, dtype: torch.dtype | str, device: torch.device | str) -> Model:
+        """The model, made on the meta device, with the weights of the folder."""
+        plan = self.check(model)
+        model.to(self.dtype() if dtype == "auto" else dtype).to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                self.read(plan[name], parameter)
+        return model.eval()
+
+    def check(self, model: GPT | Encoder) -> dict[str, Source]:
         """What each parameter is read from. All is checked (names, shapes, dtypes) before anything is read."""
         config = model.config
         plan = sources(config, self.kind, {name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -113,7 +154,7 @@ class _Checkpoint:
             part.copy_(stored.T if source.transposed else stored)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(

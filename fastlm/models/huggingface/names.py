@@ -1,12 +1,15 @@
-"""Which tensors of a checkpoint make up each parameter of `fastlm.GPT`."""
+"""Which tensors of a checkpoint make up each parameter of `fastlm.GPT` and `fastlm.Encoder`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fastlm.models.config import GPTConfig
+from fastlm.models.encoder_config import EncoderConfig
 from fastlm.models.huggingface.configs import LLAMA_FAMILY
+from fastlm.models.huggingface.encoder_configs import OWN
 
 
 @dataclass(frozen=True)
@@ -29,29 +32,49 @@ class Source:
 
 
 # The prefix of the model inside the language model. Some folders have it (the language model was saved), some not.
-PREFIX = {"gpt2": "transformer.", "fastlm": ""} | dict.fromkeys(LLAMA_FAMILY, "model.")
+PREFIX = {"gpt2": "transformer.", "fastlm": "", OWN: "", "bert": "bert.", "roberta": "roberta."}
+PREFIX |= dict.fromkeys(LLAMA_FAMILY, "model.")
+_HEADS = ("lm_head.", "cls.")  # beside the model, without its prefix
 # Constants that old versions of transformers saved; every model computes them itself.
 _IGNORED = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+# Of an encoder: the same, what guesses the next sentence, and the copies of what is tied.
+_IGNORED_ENCODER = re.compile(
+    r"^embeddings\.position_ids$|^cls\.seq_relationship\.|^(cls\.predictions|lm_head)\.decoder\.(weight|bias)$"
+)
 
 
 def bare(name: str, kind: str) -> str:
     """A tensor's name without the prefix of its architecture."""
-    return name.removeprefix(PREFIX[kind])
+    return name.removeprefix(PREFIX.get(kind, ""))
+
+
+def rename_old(tensors: dict[str, Any]) -> None:
+    """Names that only some versions of transformers wrote, as they are today (in place)."""
+    for name in list(tensors):
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        for head in ("cls.predictions", "lm_head"):
+            if name == f"{head}.decoder.bias" and f"{head}.bias" not in tensors:
+                new = f"{head}.bias"
+        if new != name:
+            tensors[new] = tensors.pop(name)
 
 
 def full(name: str, kind: str) -> str:
     """A tensor's name as the language model of its architecture saves it."""
-    return name if name == "lm_head.weight" else PREFIX[kind] + name
+    return name if name.startswith(_HEADS) else PREFIX[kind] + name
 
 
-def is_ignored(name: str, config: GPTConfig) -> bool:
+def is_ignored(name: str, config: GPTConfig | EncoderConfig) -> bool:
     """Whether a tensor (its bare name) is none of the weights: a saved constant, or the copy of a tied head."""
+    if isinstance(config, EncoderConfig):
+        return _IGNORED_ENCODER.search(name) is not None
     return _IGNORED.search(name) is not None or (config.tie_embeddings and name == "lm_head.weight")
 
 
-def sources(config: GPTConfig, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+def sources(config: GPTConfig | EncoderConfig, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
     """For each parameter of the model (name -> shape), the tensors that it is made of, by their bare names."""
-    find = {"gpt2": _gpt2, "fastlm": _own}.get(kind, _llama)
+    own: dict[str, Any] = {"gpt2": _gpt2, "fastlm": _own, OWN: _own, "bert": _bert, "roberta": _bert}
+    find = own.get(kind, _llama)
     return {name: find(name, shape, config) for name, shape in shapes.items()}
 
 
@@ -71,6 +94,29 @@ _LLAMA = {
     "mlp.fc": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.proj": ("mlp.down_proj",),
 }
+
+
+_BERT = {
+    "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention.proj": ("attention.output.dense",),
+    "norm_1": ("attention.output.LayerNorm",),
+    "mlp.fc": ("intermediate.dense",),
+    "mlp.proj": ("output.dense",),
+    "norm_2": ("output.LayerNorm",),
+}
+_BERT_OUTSIDE = {
+    "wte": "embeddings.word_embeddings",
+    "wpe": "embeddings.position_embeddings",
+    "wtt": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+}
+_BERT_HEAD = {
+    "head.dense": "cls.predictions.transform.dense",
+    "head.norm": "cls.predictions.transform.LayerNorm",
+    "head": "cls.predictions",
+}
+_ROBERTA_HEAD = {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head": "lm_head"}
 
 
 def _own(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
@@ -96,6 +142,16 @@ def _llama(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
         rows = [config.mlp_size, config.mlp_size]
     names = tuple(f"layers.{layer}.{theirs}.{kind}" for theirs in _LLAMA[module])
     return Source(names, tuple((n, *shape[1:]) for n in rows))
+
+
+def _bert(name: str, shape: tuple[int, ...], config: EncoderConfig) -> Source:
+    if not name.startswith("blocks."):
+        head = _BERT_HEAD if config.layout == "bert" else _ROBERTA_HEAD
+        module, _, kind = name.rpartition(".")
+        return Source((f"{(_BERT_OUTSIDE | head)[module]}.{kind}",), (shape,))
+    layer, module, kind = _split(name)
+    names = tuple(f"encoder.layer.{layer}.{theirs}.{kind}" for theirs in _BERT[module])
+    return Source(names, ((shape[0] // len(names), *shape[1:]),) * len(names))
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""`save_pretrained`: a GPT as a folder that transformers loads, written whole or not at all."""
+"""`save_pretrained`: a model as a folder that transformers loads, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlm.models.config import GPTConfig
+from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
 from fastlm.models.huggingface.atomic import replace_folder, sync
 from fastlm.models.huggingface.configs import config_to_huggingface
+from fastlm.models.huggingface.encoder_configs import OWN, encoder_config_to_huggingface
 from fastlm.models.huggingface.load import INDEX, WEIGHTS
 from fastlm.models.huggingface.names import full, sources
 
@@ -29,7 +32,7 @@ Entry = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
 def save_pretrained(
-    model: GPT,
+    model: GPT | Encoder,
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
@@ -47,8 +50,8 @@ def save_pretrained(
         path: the folder: a new one, an empty one, or one that holds a model, which is replaced.
         max_shard_size: bytes, or a number with a unit ("500MB"): larger models are split into files of up to this size.
         format: "huggingface": as GPT-2, Llama, Mistral or Qwen2, for transformers and whatever reads its folders (GPT-2
-            has all biases: those that the model lacks are written as zeros); "fastlm": any GPTConfig, for
-            `GPT.from_pretrained` only.
+            has all biases: those that the model lacks are written as zeros), or as BERT or RoBERTa; "fastlm": any
+            configuration, for `from_pretrained` of fastlm's models only.
         dtype: to store the weights in; default: as they are.
         extra_config: more fields for config.json, e.g. `{"eos_token_id": 50256}`.
 
@@ -61,9 +64,12 @@ def save_pretrained(
     if format not in ("huggingface", "fastlm"):
         raise ValueError(f"format must be 'huggingface' or 'fastlm', got {format!r}")
     if format == "fastlm":
-        fields: dict[str, Any] = {"model_type": "fastlm", "config": model.config.to_dict()}
-    else:
+        own = "fastlm" if isinstance(model.config, GPTConfig) else OWN
+        fields: dict[str, Any] = {"model_type": own, "config": model.config.to_dict()}
+    elif isinstance(model.config, GPTConfig):
         fields = config_to_huggingface(model.config)
+    else:
+        fields = encoder_config_to_huggingface(model.config)
     stored = dtype or model.wte.weight.dtype
     fields = {**fields, "torch_dtype": str(stored).removeprefix("torch."), **(extra_config or {})}
     entries = _entries(model, fields["model_type"], stored)
@@ -90,7 +96,7 @@ def save_pretrained(
             _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _entries(model: GPT, kind: str, dtype: torch.dtype) -> list[Entry]:
+def _entries(model: GPT | Encoder, kind: str, dtype: torch.dtype) -> list[Entry]:
     """All tensors of the file, in the order of the model."""
     state = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in state.items()}

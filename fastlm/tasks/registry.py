@@ -1,0 +1,71 @@
+"""The tasks of `fastlm finetune`: one module each, with a class that begins a run and one method that ends it.
+
+To add a task: a module in `fastlm/tasks/` and its line in TASKS. The module has a class `Task`:
+    Settings: a dataclass; its fields are the keys of the config's [task] section, beside `name` and `model`.
+    __init__(self, model: Path, settings: Settings, config: RunConfig): read the data, check everything.
+    tokenizer, make_model(), loaders(model, group): a `fastlm.training.run.Source`.
+    finish(self, run: Path) -> dict: after training, the metrics of the best checkpoint, as JSON can hold them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastlm.training.config import RunConfig, section_from_dict
+from fastlm.training.progress import Display
+from fastlm.training.run import Source, start_run
+from fastlm.training.trainer import TrainResult
+
+TASKS = {
+    "classification": "fastlm.tasks.classification",
+    "text": "fastlm.tasks.text",
+}
+METRICS = "metrics.json"
+
+
+class Task(Source, Protocol):
+    """A `Source` that can say at the end how good the model has become."""
+
+    def finish(self, run: Path) -> dict[str, Any]:
+        """The metrics of the best checkpoint of the run."""
+        ...
+
+
+def make_task(config: RunConfig) -> Task:
+    """The task that the config's [task] section names.
+
+    Raises:
+        ValueError: no such task, no model, a setting that it does not have, or data that do not fit it.
+        FileNotFoundError: the model or the data are not there.
+    """
+    fields = dict(config.task)
+    name, model = fields.pop("name", None), fields.pop("model", None)
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name), TASKS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"there is no task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")
+    if not model:
+        raise ValueError("task.model is missing: the run, checkpoint or model folder to begin with")
+    module = importlib.import_module(TASKS[name])
+    return module.Task(Path(model), section_from_dict(module.Task.Settings, "task", fields), config)
+
+
+def finetune(
+    config: RunConfig, run: str | Path, *, display: Display | None = None
+) -> tuple[TrainResult, dict[str, Any]]:
+    """Train the model of the config on its task into a new run folder; its metrics are in `metrics.json` there, too.
+
+    Raises as `make_task` and `fastlm.training.start_run`.
+    """
+    task = make_task(config)
+    result = start_run(config, run, display=display, source=task)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one evaluates
+        return result, {}
+    metrics = task.finish(Path(run))
+    (Path(run) / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return result, metrics
