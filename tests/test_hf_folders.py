@@ -123,7 +123,11 @@ def pickle_only(folder):
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json; it holds: model-00001"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), ValueError, "must hold a JSON object, got a list"),
-        (lambda f: edit(f, model_type="bert"), ValueError, "model_type 'bert'; fastlm loads: gpt2, llama, mistral"),
+        (
+            lambda f: edit(f, model_type="bert"),
+            ValueError,
+            "model_type 'bert', a masked model .* wanted here: gpt2, llama, mistral",
+        ),
         (lambda f: edit(f, model_type=None), ValueError, "no model_type .architectures: .*GPT2LMHeadModel"),
         (
             lambda f: edit(f, model_type="llama"),

@@ -6,9 +6,12 @@ import importlib.util
 
 import typer
 
+from fastlm.cli.classify import classify
 from fastlm.cli.demo import demo
 from fastlm.cli.errors import FriendlyGroup
 from fastlm.cli.evaluate import evaluate
+from fastlm.cli.fill import fill
+from fastlm.cli.finetune import finetune
 from fastlm.cli.generate import generate
 from fastlm.cli.info import info
 from fastlm.cli.prepare import prepare
@@ -17,13 +20,13 @@ from fastlm.cli.train import train
 app = typer.Typer(
     name="fastlm",
     cls=FriendlyGroup,
-    help="Train, evaluate and sample GPT language models, fast.",
+    help="Train, fine-tune, evaluate and sample language models, fast.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, prepare, train, evaluate, generate, info):
+for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, info):
     app.command()(command)
 if importlib.util.find_spec("fastlm.cli.bench"):
     app.command()(importlib.import_module("fastlm.cli.bench").bench)

@@ -232,7 +232,7 @@ def _fit_steps_to_time(config: RunConfig, tokenizer: Tokenizer, device: Any, sec
     from fastlm.training.optimizer import make_optimizer
     from fastlm.training.run import make_model_config
 
-    model = GPT(make_model_config(config, tokenizer)).to(device)
+    model = GPT(make_model_config(config, tokenizer)).to(device)  # type: ignore[arg-type] # the objective is causal
     optimizer = make_optimizer(model, config.optimizer, config.training.lr)
     loader = WindowLoader(TokenData.open(config.data.path), config.training.batch_size, model.config.block_size)
     for step in range(1 + TUNING_STEPS):

@@ -14,9 +14,7 @@ def finetune(
     ],
     out: Annotated[Path, typer.Option(help="The run folder to make.", show_default=False)],
     task: Annotated[str, typer.Option(help="classification, text, …", show_default=False)] = "",
-    train: Annotated[
-        Path | None, typer.Option(help="What to learn from (task.train).", show_default=False)
-    ] = None,
+    train: Annotated[Path | None, typer.Option(help="What to learn from (task.train).", show_default=False)] = None,
     val: Annotated[
         Path | None, typer.Option(help="To choose the checkpoint by (task.val).", show_default=False)
     ] = None,
@@ -38,7 +36,8 @@ def finetune(
     from rich.console import Console
 
     from fastlm.cli.train import report
-    from fastlm.tasks import finetune as run_finetune
+    from fastlm.tasks.registry import DEFAULTS
+    from fastlm.tasks.registry import finetune as run_finetune
     from fastlm.training import load_config
 
     overrides = [*(set_ or []), f"task.model='{model}'"]
@@ -46,7 +45,7 @@ def finetune(
     overrides += [f"task.{n}='{p}'" for n, p in (("train", train), ("val", val), ("test", test)) if p is not None]
     overrides += [] if lora_rank is None else [f"lora.rank={lora_rank}"]
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    result, metrics = run_finetune(load_config(config, overrides), out)
+    result, metrics = run_finetune(load_config(config, overrides, DEFAULTS), out)
     for name, value in metrics.items():
         console.print(f"{name:20} {shown(value)}", highlight=False)
     report(result, out, console)

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from a run, a checkpoint or a model folder."""
+"""A causal model and its tokenizer, from a run, a checkpoint or a model folder."""
 
 from __future__ import annotations
 
@@ -21,28 +21,13 @@ def load_model(
         which: which checkpoint of a run: "best" or "last".
     """
     from fastlm.data import load_tokenizer
-    from fastlm.models.gpt import GPT
-    from fastlm.training.checkpoint import INFO, open_checkpoint
-    from fastlm.training.run import CONFIG, choose_checkpoint
+    from fastlm.models.huggingface import from_pretrained
+    from fastlm.training.loading import check_vocabulary, find_model
     from fastlm.training.trainer import resolve_device
 
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such folder: {path} (wanted a run, a checkpoint, or a model folder)")
-    if (path / CONFIG).is_file():
-        model_path, tokenizer_path = choose_checkpoint(path, which).model_path, path / "tokenizer"
-    elif (path / INFO).is_file():
-        model_path, tokenizer_path = open_checkpoint(path).model_path, path.parent.parent / "tokenizer"
-    elif (path / "config.json").is_file():
-        model_path, tokenizer_path = path, path
-    else:
-        raise FileNotFoundError(
-            f"{path} is no run ({CONFIG}), no checkpoint ({INFO}) and no model folder (config.json)"
-        )
-    loaded = load_tokenizer(tokenizer or tokenizer_path)
-    model = GPT.from_pretrained(model_path).to(resolve_device(device)).eval()
-    if loaded.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer or tokenizer_path} has {loaded.vocab_size} ids, "
-            f"the model {model_path} knows only {model.config.vocab_size}: they do not belong together"
-        )
+    model_path, tokenizer_path = find_model(path, which)
+    tokenizer_path = tokenizer or tokenizer_path
+    loaded = load_tokenizer(tokenizer_path)
+    model = from_pretrained(model_path).to(resolve_device(device)).eval()
+    check_vocabulary(model.config.vocab_size, loaded.vocab_size, model_path, tokenizer_path)
     return model, loaded

@@ -17,7 +17,11 @@ class Loader(Protocol):
 
     batch_size: int
     block_size: int  # tokens in the longest sequence
-    samples: int  # taken so far by all processes together
+
+    @property
+    def samples(self) -> int:
+        """Taken so far by all processes together."""
+        ...
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -260,13 +260,14 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 def _mix(values: np.ndarray, key: int) -> np.ndarray:
     """splitmix64 (Steele, Lea & Flood 2014) of values (uint64) under a key: 64 well-mixed bits each."""
     with np.errstate(over="ignore"):
-        z = np.asarray(values, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(_scramble(key))
+        z = np.asarray(values, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(scramble(key))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
 
-def _scramble(key: int) -> int:
+def scramble(key: int) -> int:
+    """64 well-mixed bits of a number (splitmix64's finaliser)."""
     z = (key + 0x9E3779B97F4A7C15) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     return z ^ (z >> 27)

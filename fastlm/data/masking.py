@@ -1,6 +1,7 @@
 """Masked prediction: which tokens are left out, and what stands in their place.
 
-Devlin et al.: BERT (arXiv:1810.04805): 15 % of the tokens; of these 80 % become the mask, 10 % another token, 10 % stay.
+Devlin et al.: BERT (arXiv:1810.04805): 15 % of the tokens; of these 80 % become the mask, 10 % another token, and
+10 % stay.
 Liu et al.: RoBERTa (arXiv:1907.11692): drawn anew each time a text is seen ("dynamic").
 """
 
@@ -132,7 +133,7 @@ def _is_word_piece(tokenizer: Tokenizer) -> bool:
 
 def _in_word(character: str) -> bool:
     # What lies beyond ASCII are letters, or, in byte-level BPE, parts of them; there Ġ, Ċ, ĉ and č are white space.
-    return character.isalnum() or (character > "\x7f" and character not in "ĠĊĉč")
+    return (character.isalnum() or character > "\x7f") and character not in "ĠĊĉč"
 
 
 class MaskedLoader:

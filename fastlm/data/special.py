@@ -42,6 +42,4 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
         return next((i for i in map(tokenizer.backend.token_to_id, names) if i is not None), None)
 
     begin, end = find(_BEGIN), find(_END)
-    return SpecialIds(
-        tokenizer.eot if begin is None else begin, tokenizer.eot if end is None else end, find(_MASK)
-    )
+    return SpecialIds(tokenizer.eot if begin is None else begin, tokenizer.eot if end is None else end, find(_MASK))

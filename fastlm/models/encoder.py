@@ -133,7 +133,10 @@ class Encoder(nn.Module):
         self._check_length(idx, cu_seqlens, max_seqlen)
         h = self._embed(idx, token_types, self._positions(idx, cu_seqlens, padded))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen if cu_seqlens is not None else None}
+        options: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen if cu_seqlens is not None else None,
+        }
         for block in self.blocks:
             h = checkpoint(block, h, use_reentrant=False, **options) if recompute else block(h, **options)
         return h if padded is None else padded.unpack(h)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.lora import effective_weight
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 
 __all__ = ["ACTIVATIONS", "GATED", "MLP"]
@@ -21,7 +22,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C); under autocast in its dtype, else in x's."""
-        return ops.mlp(x, self.fc.weight, self.fc.bias, self.proj.weight, self.proj.bias, activation=self.activation)
+        fc_weight, proj_weight = effective_weight(self.fc), effective_weight(self.proj)
+        return ops.mlp(x, fc_weight, self.fc.bias, proj_weight, self.proj.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -26,6 +26,13 @@ TASKS = {
     "text": "fastlm.tasks.text",
 }
 METRICS = "metrics.json"
+# What a fine-tuning run has where neither its config nor the command line says otherwise.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "training": {"lr": 5e-5, "batch_size": 32, "warmup_steps": 20, "schedule": "linear", "min_lr_ratio": 0.0},
+    "optimizer": {"beta2": 0.999, "weight_decay": 0.01},
+    "evaluation": {"every": 50, "windows": 10_000},
+    "checkpoint": {"every": 0, "keep_last": 1},
+}
 
 
 class Task(Source, Protocol):

@@ -187,13 +187,20 @@ class RunConfig:
                 f"{m.mask} + {m.random}"
             )
         if t.objective == "masked" and e.sample_every:
-            raise ValueError(f"a masked model does not continue texts: evaluation.sample_every is {e.sample_every}, not 0")
+            raise ValueError(
+                f"a masked model does not continue texts: evaluation.sample_every is {e.sample_every}, not 0"
+            )
 
 
-def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None,
+    overrides: typing.Sequence[str] = (),
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> RunConfig:
     """A RunConfig from a TOML file (None: the defaults) and overrides such as "training.lr=3e-4".
 
-    The right side of an override is TOML; what is not TOML is taken as a string.
+    The right side of an override is TOML; what is not TOML is taken as a string. `defaults` stand under the file, in
+    the place of the dataclasses' own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -209,6 +216,10 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is not TOML: {e}") from None
+    for section, table in (defaults or {}).items():
+        given = tables.setdefault(section, {})
+        if isinstance(given, dict):
+            tables[section] = {**table, **given}
     for override in overrides:
         section, key, value = parse_override(override)
         tables.setdefault(section, {})

@@ -201,21 +201,33 @@ class Pretraining:
 
     def loaders(self, model: GPT | Encoder, group: Processes) -> Loaders:
         """Of the training split and, where there is one, the validation split; ValueError where a text is too short."""
-        settings, block_size = self._config.training, model.config.block_size
-        train = WindowLoader(
-            self.train, settings.batch_size, block_size, seed=settings.seed, order=self._config.data.order,
-            rank=group.rank, world_size=group.world_size,
-        )  # fmt: skip
-        val = None
-        if self.val is not None:
-            try:
-                val = WindowLoader(self.val, settings.batch_size, block_size)
-            except ValueError as e:
-                raise ValueError(f"validation split of {self._config.data.path}: {e}") from None
-        if isinstance(model, GPT):
-            return train, val
-        masker = Masker.make(self.tokenizer, self._config.masking, model.config.mask_token_id)
-        return MaskedLoader(train, masker), None if val is None else MaskedLoader(val, masker)
+        return window_loaders(self.train, self.val, model, self.tokenizer, self._config, group)
+
+
+def window_loaders(
+    train: TokenData,
+    val: TokenData | None,
+    model: GPT | Encoder,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    group: Processes,
+) -> Loaders:
+    """Windows of a text, with tokens left out where the model is a masked one."""
+    settings, block_size = config.training, model.config.block_size
+    windows = WindowLoader(
+        train, settings.batch_size, block_size, seed=settings.seed, order=config.data.order,
+        rank=group.rank, world_size=group.world_size,
+    )  # fmt: skip
+    val_windows = None
+    if val is not None:
+        try:
+            val_windows = WindowLoader(val, settings.batch_size, block_size)
+        except ValueError as e:
+            raise ValueError(f"validation split in {val.paths[0].parent}: {e}") from None
+    if isinstance(model, GPT):
+        return windows, val_windows
+    masker = Masker.make(tokenizer, config.masking, model.config.mask_token_id)
+    return MaskedLoader(windows, masker), None if val_windows is None else MaskedLoader(val_windows, masker)
 
 
 def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:

@@ -22,6 +22,7 @@ from fastlm.models.huggingface.names import Source, bare, is_ignored, rename_old
 
 Model = TypeVar("Model", GPT, Encoder)
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter"  # LoRA adapters in a model folder of fastlm's own format
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -115,6 +116,10 @@ class _Checkpoint:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 self.read(plan[name], parameter)
+        if (self.folder / ADAPTER).is_dir():
+            from fastlm.models.lora import load_lora  # it reads names of this package
+
+            load_lora(model, self.folder / ADAPTER)
         return model.eval()
 
     def check(self, model: GPT | Encoder) -> dict[str, Source]:

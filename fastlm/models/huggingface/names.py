@@ -8,7 +8,7 @@ from typing import Any
 
 from fastlm.models.config import GPTConfig
 from fastlm.models.encoder_config import EncoderConfig
-from fastlm.models.huggingface.configs import LLAMA_FAMILY
+from fastlm.models.huggingface.configs import LLAMA_FAMILY, config_to_huggingface
 from fastlm.models.huggingface.encoder_configs import OWN
 
 
@@ -41,6 +41,16 @@ _IGNORED = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _IGNORED_ENCODER = re.compile(
     r"^embeddings\.position_ids$|^cls\.seq_relationship\.|^(cls\.predictions|lm_head)\.decoder\.(weight|bias)$"
 )
+
+
+def folder_kind(config: GPTConfig | EncoderConfig) -> str:
+    """The architecture of transformers that a configuration is saved as; "fastlm" where there is none."""
+    if isinstance(config, EncoderConfig):
+        return config.layout
+    try:
+        return str(config_to_huggingface(config)["model_type"])
+    except ValueError:
+        return "fastlm"
 
 
 def bare(name: str, kind: str) -> str:

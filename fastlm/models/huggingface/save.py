@@ -21,10 +21,11 @@ from fastlm.models.gpt import GPT
 from fastlm.models.huggingface.atomic import replace_folder, sync
 from fastlm.models.huggingface.configs import config_to_huggingface
 from fastlm.models.huggingface.encoder_configs import OWN, encoder_config_to_huggingface
-from fastlm.models.huggingface.load import INDEX, WEIGHTS
+from fastlm.models.huggingface.load import ADAPTER, INDEX, WEIGHTS
 from fastlm.models.huggingface.names import full, sources
+from fastlm.nn.lora import LoRALinear
 
-MODEL_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*")
+MODEL_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*|" + ADAPTER)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # a tensor to write: its name in the file, its shape, and how to get it
@@ -51,7 +52,7 @@ def save_pretrained(
         max_shard_size: bytes, or a number with a unit ("500MB"): larger models are split into files of up to this size.
         format: "huggingface": as GPT-2, Llama, Mistral or Qwen2, for transformers and whatever reads its folders (GPT-2
             has all biases: those that the model lacks are written as zeros), or as BERT or RoBERTa; "fastlm": any
-            configuration, for `from_pretrained` of fastlm's models only.
+            configuration, for `from_pretrained` of fastlm's models only; LoRA adapters lie in `adapter/` beside.
         dtype: to store the weights in; default: as they are.
         extra_config: more fields for config.json, e.g. `{"eos_token_id": 50256}`.
 
@@ -70,6 +71,12 @@ def save_pretrained(
         fields = config_to_huggingface(model.config)
     else:
         fields = encoder_config_to_huggingface(model.config)
+    unmerged = any(isinstance(m, LoRALinear) and not m.merged for m in model.modules())
+    if unmerged and format != "fastlm":
+        raise ValueError(
+            "this model has LoRA adapters beside its weights: merge them first (fastlm.models.lora.merge), save them "
+            "alone (fastlm.models.lora.save_lora), or save both with format='fastlm'"
+        )
     stored = dtype or model.wte.weight.dtype
     fields = {**fields, "torch_dtype": str(stored).removeprefix("torch."), **(extra_config or {})}
     entries = _entries(model, fields["model_type"], stored)
@@ -92,13 +99,17 @@ def save_pretrained(
                 raise OSError(f"{folder} is unchanged: {name} could not be written: {error}") from None
             sync(new / name)
             weight_map |= {entry: name for entry, _, _ in shard}
+        if unmerged:
+            from fastlm.models.lora import save_lora  # it reads names of this package
+
+            save_lora(model, new / ADAPTER)
         if len(shards) > 1:
             _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _entries(model: GPT | Encoder, kind: str, dtype: torch.dtype) -> list[Entry]:
     """All tensors of the file, in the order of the model."""
-    state = dict(model.named_parameters())
+    state = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     if kind == "gpt2":
         shapes = _with_biases(shapes)

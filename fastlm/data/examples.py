@@ -1,0 +1,91 @@
+"""Batches of labelled sequences of different lengths, packed into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastlm.data.batches import Batch
+from fastlm.data.loader import permute, scramble
+
+
+class ExampleLoader:
+    """Batches (x, y, cu_seqlens, max_seqlen): x (1, T) int64 packed, y (N) int64 the sequences' labels.
+
+    Every example comes once an epoch, in another order each time. As in `WindowLoader`, a batch is a function of the
+    seed and the sample number.
+
+    Args:
+        sequences: ids of each example; none is empty.
+        batch_size: N, on this process.
+        rank, world_size: this process takes every world_size-th batch.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        labels: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if len(sequences) != len(labels) or not sequences:
+            raise ValueError(f"wanted as many labels as sequences, and some; got {len(sequences)} and {len(labels)}")
+        self.sequences = [torch.as_tensor(np.asarray(ids, dtype=np.int64)) for ids in sequences]
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.block_size = max(len(ids) for ids in self.sequences)
+        self.samples = 0
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """None: the loss is that of the labels."""
+        return None
+
+    def next_batch(self) -> Batch:
+        """The next batch of this process."""
+        first = self.samples + self.rank * self.batch_size
+        self.samples += self.world_size * self.batch_size
+        return self._batch([self._example(first + i) for i in range(self.batch_size)])
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
+        """The first `count` examples in their order, weighted by their number."""
+        numbers = range(min(count, len(self.sequences)))
+        for i in range(0, len(numbers), self.batch_size):
+            rows = list(numbers[i : i + self.batch_size])
+            yield self._batch(rows), len(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"samples": self.samples, "seed": self.seed, "examples": len(self.sequences)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+        mine = self.state_dict()
+        for key in ("seed", "examples"):
+            if state[key] != mine[key]:
+                raise ValueError(
+                    f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
+                )
+        self.samples = state["samples"]
+
+    def _example(self, sample: int) -> int:
+        """Which example a sample number is."""
+        epoch, place = divmod(sample, len(self.sequences))
+        key = scramble(scramble(self.seed) ^ epoch)
+        return int(permute(np.array([place], dtype=np.uint64), len(self.sequences), key)[0])
+
+    def _batch(self, rows: list[int]) -> Batch:
+        packed, cu_seqlens, longest = pack([self.sequences[row] for row in rows])
+        return packed, self.labels[rows], cu_seqlens, longest
+
+
+def pack(sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Sequences one after the other: (1, T) int64, where they start (N + 1) int32, and the longest's length."""
+    lengths = torch.tensor([0, *(len(ids) for ids in sequences)])
+    return torch.cat(list(sequences))[None], lengths.cumsum(0).to(torch.int32), int(lengths.max())

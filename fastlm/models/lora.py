@@ -1,0 +1,266 @@
+"""LoRA over a whole model, and its adapters as folders of peft's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlm.models.encoder import Encoder
+from fastlm.models.gpt import GPT
+from fastlm.models.huggingface.names import PREFIX, folder_kind, full, sources
+from fastlm.nn.lora import LoRALinear
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TARGETS = ("qv", "attention", "all")
+_PEFT = "base_model.model."
+_BASE = "fastlm_base"  # in the file's metadata: the digest of the weights that the adapters belong to
+_MODULES = {"qv": ("attention.qkv",), "attention": ("attention.qkv", "attention.proj")}
+_MODULES["all"] = (*_MODULES["attention"], "mlp.fc", "mlp.proj")
+
+
+def add_lora(model: GPT | Encoder, rank: int, alpha: float = 16.0, targets: str = "qv") -> None:
+    """Freeze a model and put adapters beside some of its projections (in place); only these learn then.
+
+    Args:
+        rank: of the adapters.
+        alpha: their product is scaled by alpha / rank.
+        targets: "qv": queries and values (where they are one matrix in the folder's format, as GPT-2's, that one),
+            peft's default; "attention": all four projections; "all": those of the MLP, too.
+
+    Raises:
+        ValueError: the model has adapters already, or an option is out of range.
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"LoRA needs a rank of at least 1 and a positive alpha, got {rank} and {alpha}")
+    if targets not in TARGETS:
+        raise ValueError(f"LoRA's targets must be one of {', '.join(TARGETS)}, got {targets!r}")
+    wanted = {
+        module: parts
+        if targets != "qv" or len(parts) == 1
+        else {n: rows for n, rows in parts.items() if not n.endswith(("key", "k_proj"))}
+        for module, parts in _adaptable(model).items()
+        if module.split(".", 2)[2] in _MODULES[targets]
+    }
+    _add(model, wanted, rank, alpha)
+
+
+def merge(model: nn.Module) -> None:
+    """Add all adapters to the weights; `unmerge` takes them out again, exactly."""
+    for layer in _layers(model).values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """The weights as they were before `merge`, to the bit."""
+    for layer in _layers(model).values():
+        layer.unmerge()
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Ordinary layers again, with the weights that they have now (`merge` first to keep what was learned)."""
+    for name, layer in _layers(model).items():
+        plain = nn.Linear(1, 1, bias=False)
+        plain.in_features, plain.out_features = layer.in_features, layer.out_features
+        plain.weight, plain.bias = layer.weight, layer.bias
+        _replace(model, name, plain)
+    model.requires_grad_(True)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return bool(_layers(model))
+
+
+def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | None = None) -> None:
+    """Write a folder that `load_lora` and peft's `PeftModel.from_pretrained` load.
+
+    Args:
+        base: the name or the folder of the model that the adapters belong to, for peft.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError("this model has no LoRA adapters to save")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for layer in layers.values():
+        for part in layer.parts:
+            for which, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                tensors[f"{_PEFT}{part_name(model, part)}.{which}.weight"] = matrices[part].detach().cpu().contiguous()
+    first = next(iter(layers.values()))
+    rank = next(iter(first.lora_A.values())).shape[0]
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(part_name(model, part) for layer in layers.values() for part in layer.parts),
+        "fan_in_fan_out": folder_kind(model.config) == "gpt2",
+        "bias": "none",
+    }
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _BASE: base_digest(model)})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_lora(model: GPT | Encoder, path: str | os.PathLike[str]) -> None:
+    """Put the adapters of a folder, fastlm's or peft's, beside the projections of a model (in place).
+
+    Raises:
+        FileNotFoundError: the folder has no adapters.
+        ValueError: they belong to another model (other names, shapes, or, where fastlm wrote them, other weights), or
+            use what fastlm does not have.
+    """
+    folder = Path(path)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no folder of LoRA adapters: it has no {name}")
+    config = _read_config(folder / ADAPTER_CONFIG)
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
+            digest = (opened.metadata() or {}).get(_BASE)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is not a whole safetensors file: {error}") from None
+    if digest is not None and digest != base_digest(model):
+        raise ValueError(
+            f"the adapters in {folder} were trained beside other weights than this model's "
+            f"(base {config.get('base_model_name_or_path')!r}, digest {digest[:12]}, "
+            f"this model {base_digest(model)[:12]})"
+        )
+    wanted, matrices = _match(model, tensors, folder)
+    _add(model, wanted, config["r"], float(config["lora_alpha"]))
+    with torch.no_grad():
+        for module, parts in matrices.items():
+            layer = model.get_submodule(module)
+            for (which, part), tensor in parts.items():
+                getattr(layer, which)[part].copy_(tensor)
+
+
+def part_name(model: GPT | Encoder, part: str) -> str:
+    """The module's name in transformers' language model. (A part's key has no dots: torch forbids them.)"""
+    return full(part.replace("/", "."), folder_kind(model.config))
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 over the weights beside which the adapters stand (hex)."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if name.endswith(("attention.qkv.weight", "wte.weight")):
+            layer = model.get_submodule(name.rpartition(".")[0])
+            kept = layer._unmerged if isinstance(layer, LoRALinear) and layer._unmerged is not None else p
+            digest.update(name.encode() + kept.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+Parts = dict[str, tuple[int, int]]
+
+
+def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
+    """Of each projection in the blocks, the parts that a folder's format knows, and their rows."""
+    kind = folder_kind(model.config)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
+    shapes = {n: s for n, s in shapes.items() if ".lora_" not in n}
+    out = {}
+    for name, source in sources(model.config, kind, shapes).items():
+        parts, at = {}, 0
+        for theirs, rows in zip(source.names, source.rows, strict=True):
+            parts[theirs.removesuffix(".weight").replace(".", "/")] = (at, at + rows)
+            at += rows
+        out[name.removesuffix(".weight")] = parts
+    return out
+
+
+def _add(model: GPT | Encoder, wanted: dict[str, Parts], rank: int, alpha: float) -> None:
+    if has_lora(model):
+        raise ValueError("this model has LoRA adapters already; merge and remove them first (merge, remove_lora)")
+    model.requires_grad_(False)
+    for module, parts in wanted.items():
+        linear = model.get_submodule(module)
+        assert isinstance(linear, nn.Linear)
+        _replace(model, module, LoRALinear(linear, parts, rank, alpha))
+
+
+def _match(
+    model: GPT | Encoder, tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Parts], dict[str, dict[tuple[str, str], Tensor]]]:
+    """The parts that a file's tensors belong to; ValueError where one has no place in this model."""
+    kind = folder_kind(model.config)
+    known = {
+        part.replace("/", "."): (module, part, rows)
+        for module, parts in _adaptable(model).items()
+        for part, rows in parts.items()
+    }
+    wanted: dict[str, Parts] = {}
+    matrices: dict[str, dict[tuple[str, str], Tensor]] = {}
+    for name, tensor in tensors.items():
+        bare, _, rest = name.removeprefix(_PEFT).removeprefix(PREFIX[kind]).partition(".lora_")
+        which = f"lora_{rest.removesuffix('.weight')}"
+        if bare not in known or which not in ("lora_A", "lora_B"):
+            raise ValueError(
+                f"the adapters in {folder} are for another model: {name} has no place in this one "
+                f"({kind}, {model.config.n_layer} layers), whose projections are such as {next(iter(known))}"
+            )
+        module, part, (begin, end) = known[bare]
+        linear = model.get_submodule(module)
+        have = tensor.shape[1] if which == "lora_A" else tensor.shape[0]
+        need = linear.in_features if which == "lora_A" else end - begin
+        if have != need:
+            raise ValueError(
+                f"the adapters in {folder} are for another model: {name} is for a width of {have}, "
+                f"this model's is {need}"
+            )
+        wanted.setdefault(module, {})[part] = (begin, end)
+        matrices.setdefault(module, {})[which, part] = tensor
+    for module, parts in wanted.items():
+        for part in parts:
+            if {("lora_A", part), ("lora_B", part)} - matrices[module].keys():
+                raise ValueError(
+                    f"the adapters in {folder} are not whole: {part.replace('/', '.')} lacks one of A and B"
+                )
+    return wanted, matrices
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["r"], config["lora_alpha"], config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not peft's configuration of LoRA adapters: {error!r}") from None
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"{file}: peft_type is {config['peft_type']!r}; fastlm has LORA")
+    for option in (
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+    ):
+        if config.get(option):
+            raise ValueError(f"{file}: {option}={config[option]!r}, which fastlm does not have")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias={config['bias']!r}; fastlm has 'none'")
+    return config
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

@@ -1,0 +1,35 @@
+"""Where the model and the tokenizer of a run, a checkpoint or a model folder are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastlm.training.checkpoint import INFO, open_checkpoint
+from fastlm.training.run import CONFIG, choose_checkpoint
+
+
+def find_model(path: Path, which: str = "best") -> tuple[Path, Path]:
+    """The folders of the weights and of the tokenizer.
+
+    Args:
+        path: a run folder, a checkpoint in one, or a Hugging Face model folder.
+        which: which checkpoint of a run: "best" or "last".
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {path} (wanted a run, a checkpoint, or a model folder)")
+    if (path / CONFIG).is_file():
+        return choose_checkpoint(path, which).model_path, path / "tokenizer"
+    if (path / INFO).is_file():
+        return open_checkpoint(path).model_path, path.parent.parent / "tokenizer"
+    if (path / "config.json").is_file():
+        return path, path
+    raise FileNotFoundError(f"{path} is no run ({CONFIG}), no checkpoint ({INFO}) and no model folder (config.json)")
+
+
+def check_vocabulary(known: int, ids: int, model: Path, tokenizer: Path) -> None:
+    """ValueError where a tokenizer gives ids that the model does not know."""
+    if ids > known:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {ids} ids, "
+            f"the model {model} knows only {known}: they do not belong together"
+        )

@@ -1,0 +1,173 @@
+"""LoRA: nothing changes until it learns; merging is exact; folders are peft's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastlm
+from fastlm.models.huggingface import model_from_pretrained
+from fastlm.models.lora import add_lora, has_lora, load_lora, merge, remove_lora, save_lora, unmerge
+
+GPT2 = {"vocab_size": 61, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.2}
+LLAMA = {**GPT2, "norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2}
+BERT = {**GPT2, "dropout": 0.0}
+IDX = torch.randint(4, 61, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def make(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind in ("bert", "roberta"):
+        return fastlm.Encoder(fastlm.EncoderConfig(**BERT, layout=kind)).eval()
+    return fastlm.GPT(fastlm.GPTConfig(**(GPT2 if kind == "gpt2" else LLAMA))).eval()
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """As if the adapters had learned something."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B" in name:
+                p.normal_(std=0.2)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDX)[0]
+
+
+@pytest.mark.parametrize("targets", ["qv", "attention", "all"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_adapters_learn_alone_and_merge_exactly(kind, targets):
+    model = make(kind)
+    before = logits(model)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    add_lora(model, rank=3, alpha=6, targets=targets)
+    assert torch.equal(logits(model), before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in n for n in trained)
+
+    model.train()
+    model(IDX, IDX)[1].backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_B" in n)
+    assert all(p.grad is None for n, p in model.named_parameters() if ".lora_" not in n)
+    model.eval()
+    randomize(model)
+    adapted = logits(model)
+    assert (adapted - before).abs().max() > 1e-2
+
+    merge(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+    merge(model)  # a second time changes nothing
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight), name
+    assert torch.equal(logits(model), adapted)
+
+    merge(model)
+    remove_lora(model)
+    assert not has_lora(model) and all(p.requires_grad for p in model.parameters())
+    assert {n for n, _ in model.named_parameters()} == weights.keys()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_trained_parameters():
+    model = make("bert")
+    add_lora(model, rank=3)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 2 * 3 * (32 + 32)  # layers, q and v
+
+
+@pytest.mark.parametrize("targets", ["qv", "all"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "roberta"])
+def test_folders_are_those_of_peft(kind, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = make(kind)
+    model.save_pretrained(tmp_path / "base")
+    add_lora(model, rank=3, alpha=6, targets=targets)
+    randomize(model)
+    save_lora(model, tmp_path / "adapter", base="base")
+    auto = transformers.AutoModelForCausalLM if kind in ("gpt2", "llama") else transformers.AutoModelForMaskedLM
+
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (theirs(IDX).logits - logits(model)).abs().max() < 1e-4
+
+    # and the other way: adapters that peft made and saved, with its own choice of modules
+    config = peft.LoraConfig(r=4, lora_alpha=12, **({"target_modules": "all-linear"} if targets == "all" else {}))
+    theirs = peft.get_peft_model(auto.from_pretrained(tmp_path / "base"), config).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "peft")
+    names = load_file(tmp_path / "peft" / "adapter_model.safetensors").keys()
+    ours = make(kind)
+    if any("predictions" in n or "lm_head" in n for n in names):  # the head: fastlm adapts the blocks
+        with pytest.raises(ValueError, match="has no place in this one"):
+            load_lora(ours, tmp_path / "peft")
+        return
+    load_lora(ours, tmp_path / "peft")
+    with torch.no_grad():
+        assert (theirs(IDX).logits - logits(ours)).abs().max() < 1e-4
+    save_lora(ours, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == names
+
+
+def test_a_model_folder_with_adapters_beside_it(tmp_path):
+    model = make("bert")
+    add_lora(model, rank=2)
+    randomize(model)
+    model.save_pretrained(tmp_path / "own", format="fastlm")
+    assert (tmp_path / "own" / "adapter" / "adapter_config.json").is_file()
+    again = model_from_pretrained(tmp_path / "own")
+    assert has_lora(again) and torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="merge them first"):
+        model.save_pretrained(tmp_path / "hf")
+    merge(model)
+    model.save_pretrained(tmp_path / "own", format="fastlm")  # replaces it: the adapters are part of the weights now
+    assert not (tmp_path / "own" / "adapter").exists()
+    assert torch.equal(logits(model_from_pretrained(tmp_path / "own")), logits(model))
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    model = make("bert")
+    add_lora(model, rank=2)
+    save_lora(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="adapters already"):
+        load_lora(model, tmp_path / "a")
+    other = make("bert")
+    with torch.no_grad():
+        other.wte.weight.add_(1)
+    with pytest.raises(ValueError, match="trained beside other weights than this model's"):
+        load_lora(other, tmp_path / "a")
+
+    from safetensors.torch import save_file
+
+    def without_digest(tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    without_digest(tensors)
+    with pytest.raises(ValueError, match=r"has no place in this one \(gpt2, 2 layers\)"):
+        load_lora(make("gpt2"), tmp_path / "a")
+    without_digest({n: torch.zeros(2, 48) if "lora_A" in n else t for n, t in tensors.items()})
+    with pytest.raises(ValueError, match="is for a width of 48, this model's is 32"):
+        load_lora(make("bert"), tmp_path / "a")
+    without_digest({n: t for n, t in tensors.items() if "layer.1.attention.self.query.lora_B" not in n})
+    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.query lacks one of A and B"):
+        load_lora(make("bert"), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora=True, which fastlm does not have"):
+        load_lora(make("bert"), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no folder of LoRA adapters"):
+        load_lora(make("bert"), tmp_path)
+    with pytest.raises(ValueError, match="rank of at least 1"):
+        add_lora(make("bert"), rank=0)
