@@ -223,7 +223,7 @@ def window_loaders(
         try:
             val_windows = WindowLoader(val, settings.batch_size, block_size)
         except ValueError as e:
-            raise ValueError(f"validation split in {val.paths[0].parent}: {e}") from None
+            raise ValueError(f"validation split of {config.data.path or val.paths[0].parent}: {e}") from None
     if isinstance(model, GPT):
         return windows, val_windows
     masker = Masker.make(tokenizer, config.masking, model.config.mask_token_id)
