@@ -161,6 +161,16 @@ void cross_entropy_block(Address logits, Address targets, Address loss, Address 
   cross_entropy_block_cpu(p);
 }
 
+void cross_entropy_block_on_cuda(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
+                                 int64_t cols, int64_t stride, int64_t ignore_index, float label_smoothing, float z_loss,
+                                 float softcap, bool gradient, int type, Address stream) {
+  const CrossEntropyBlock p{at<void>(logits), at<int64_t>(targets), at<float>(loss), at<float>(lse), at<float>(dloss),
+                            rows,             cols,                 label_smoothing, z_loss,         softcap,
+                            1.0f,             gradient,             dtype(type)};
+  py::gil_scoped_release release;
+  cross_entropy_block_cuda(p, {stride, ignore_index}, at<void>(stream));
+}
+
 // Addresses: q, k, v, alibi_slopes, cu_seqlens, rng_state. Sizes: the strides (batch, row, head) of q, k and v, the batch
 // stride of alibi_slopes, the number of packed sequences, B, T, S, H, H_kv, D, window_left, window_right.
 AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 19>& size, float scale,
@@ -328,6 +338,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lstm_backward", &lstm_backward);
   m.def("lstm_backward_workspace", &lstm_backward_workspace_cpu);
   m.def("cross_entropy_block", &cross_entropy_block);
+  m.def("cross_entropy_block_cuda", &cross_entropy_block_on_cuda);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("rotary", &rotary);

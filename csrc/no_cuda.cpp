@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "common/build_info.h"
+#include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
@@ -15,6 +16,7 @@ namespace {
 
 }  // namespace
 
+void cross_entropy_block_cuda(const CrossEntropyBlock&, const CrossEntropyRows&, void*) { no_cuda(); }
 int64_t gemm_workspace_cuda(const Gemm&) { no_cuda(); }
 void gemm_cuda(const Gemm&, void*) { no_cuda(); }
 int64_t activation_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }

@@ -73,7 +73,26 @@ struct MainLoop {
   static FASTLM_DEVICE int warp_row() { return threadIdx.x / 64 * (kM / 2); }
   static FASTLM_DEVICE int warp_col() { return threadIdx.x / 32 % 2 * (kN / 2); }
 
-  // Adds the product over `k` elements to c. Ends with every copy done and every thread past its last use of `shared`.
+  // A float32 sum over a long k is taken in parts of so many elements, so that its rounding grows with the parts and not
+  // with k. For 16-bit operands the float32 sum is far better than they are.
+  static constexpr int64_t kPart = 1024;
+  static constexpr bool kParts = sizeof(T) == 4;
+
+  static FASTLM_DEVICE void add_and_clear(Accumulators& total, Accumulators& part) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; i++) {
+#pragma unroll
+      for (int j = 0; j < 2 * kFragmentsN; j++) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          total[i][j][r] += part[i][j][r];
+          part[i][j][r] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // The product over `k` elements is added to c. Ends with every copy done and every thread past its last use of `shared`.
   static FASTLM_DEVICE void run(Accumulators& c, LoaderA& load_a, LoaderB& load_b, int64_t k, unsigned char* shared) {
     const uint32_t address = ptx::shared_address(shared);
     const int lane_a = TileA::lane_offset(warp_row(), threadIdx.x % 32);
@@ -100,6 +119,8 @@ struct MainLoop {
     __syncthreads();
     Fragments f[2];
     load(f[0], 0, 0);
+    Accumulators part = {};
+    Accumulators& sum = kParts ? part : c;
     int stage = 0;
     int64_t next = (kGemmStages - 1) * kDepth<T>;  // where the next copy begins
 #pragma unroll 1
@@ -128,12 +149,14 @@ struct MainLoop {
         for (int i = 0; i < kFragmentsM; i++) {
 #pragma unroll
           for (int j = 0; j < kFragmentsN; j++) {
-            multiply<0>(c[i][2 * j], now.a[i], now.b[j]);
-            multiply<1>(c[i][2 * j + 1], now.a[i], now.b[j]);
+            multiply<0>(sum[i][2 * j], now.a[i], now.b[j]);
+            multiply<1>(sum[i][2 * j + 1], now.a[i], now.b[j]);
           }
         }
       }
+      if (kParts && next % kPart == 0) add_and_clear(c, part);
     }
+    if (kParts) add_and_clear(c, part);
     ptx::cp_async_wait<0>();
     __syncthreads();
   }

@@ -17,6 +17,7 @@ from typing import Any
 from fastlm.ops import native, registry
 from fastlm.ops.embedding import native as embedding
 from fastlm.ops.layer_norm import native as layer_norm
+from fastlm.ops.linear_cross_entropy import cuda as linear_cross_entropy
 from fastlm.ops.mlp import cuda as mlp
 from fastlm.ops.rotary import native as rotary
 from fastlm.ops.sample import native as sample
@@ -94,6 +95,9 @@ class Compiled:
     def sample(self, on_cuda: bool, *arguments: Any) -> None:
         module().sample(True, *arguments)
 
+    def cross_entropy_block_cuda(self, *arguments: Any) -> None:
+        module().cross_entropy_block_cuda(*arguments)
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
@@ -136,3 +140,4 @@ def register() -> None:
     for op in ("linear_act", "mlp"):
         registry.register_implementation(op, NAME, Emulated(mlp))
     registry.register_implementation("sample", NAME, Emulated(sample))
+    registry.register_implementation("linear_cross_entropy", NAME, Emulated(linear_cross_entropy))
