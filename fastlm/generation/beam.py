@@ -105,8 +105,8 @@ def search(
 ) -> list[Hypothesis]:
     """Beam search over any decoder that begins with one row for each prompt; see `beam_search`.
 
-    Of the 2 K likeliest continuations of a prompt's K hypotheses, those that end are finished, and the first K others go
-    on. A prompt is done when K have finished and no hypothesis that goes on scores better now.
+    Of the 2 K likeliest continuations of a prompt's K hypotheses, those that end are finished, and K others
+    go on. A prompt is done when K have finished and no hypothesis that goes on scores better now.
     """
     logits = decoder.first()
     device, vocab = logits.device, logits.shape[-1]

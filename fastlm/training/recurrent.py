@@ -1,0 +1,43 @@
+"""Truncated backpropagation through time: the state is carried from window to window, the gradient is not.
+
+Williams, Peng: An efficient gradient-based algorithm for on-line training of recurrent network trajectories (1990).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Hidden = tuple[Tensor, Tensor]
+
+
+class HiddenStates:
+    """The states of a recurrent model's streams, between one window and the next."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Hidden] = {}
+
+    def loss(self, forward: Callable[..., Any], x: Tensor, y: Tensor, stream: int | None, fresh: bool) -> Tensor:
+        """The loss of the windows, which go on with the stream's state (detached) and leave it theirs.
+
+        Args:
+            forward: `LSTMLM.forward`.
+            stream: None: from an empty state, and nothing is kept (an evaluation).
+            fresh: begin the stream anew.
+        """
+        before = None if stream is None or fresh else self._held.get(stream)
+        loss, after = forward(x, before, targets=y)
+        if stream is not None:
+            self._held[stream] = tuple(t.detach() for t in after)  # type: ignore[assignment]
+        return loss
+
+    def state_dict(self) -> dict[int, Hidden]:
+        """The states by stream."""
+        return dict(self._held)
+
+    def load_state_dict(self, state: dict[int, Hidden], device: torch.device) -> None:
+        """Go on with saved states."""
+        self._held = {stream: (h.to(device), c.to(device)) for stream, (h, c) in state.items()}
