@@ -43,6 +43,7 @@ def generate(
     import torch
 
     from fastlm.cli.loading import load_model
+    from fastlm.models.gpt import GPT
 
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
     prompts = prompt or [""]
@@ -51,7 +52,7 @@ def generate(
     for text, row in zip(prompts, ids, strict=True):
         if not row:
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")
-        if len(row) > loaded.config.block_size:
+        if isinstance(loaded, GPT) and len(row) > loaded.config.block_size:
             raise ValueError(
                 f"the prompt {text[:40]!r}… has {len(row)} tokens, the model's context is {loaded.config.block_size}"
             )

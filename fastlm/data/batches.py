@@ -9,7 +9,8 @@ import torch
 
 # (x, y), or, where sequences of different lengths are packed into one row, (x, y, cu_seqlens, max_seqlen): the
 # arguments of a model's forward. The trainer calls `_, loss = model(x, y, cu_seqlens=…, max_seqlen=…)`.
-Batch = tuple[Any, ...]
+# Other arguments come by name, x and y among them: {"x": …, "y": …, "source": …}.
+Batch = tuple[Any, ...] | dict[str, Any]
 
 
 class Loader(Protocol):
@@ -47,6 +48,9 @@ class Loader(Protocol):
 
 def forward_arguments(batch: Batch, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """The positional and named arguments of a model's forward, on its device."""
+    if isinstance(batch, dict):
+        moved = {name: _to_device(part, device) for name, part in batch.items()}
+        return (moved.pop("x"), moved.pop("y")), moved
     x, y, *packing = (_to_device(part, device) for part in batch)
     return (x, y), dict(zip(("cu_seqlens", "max_seqlen"), packing, strict=False))
 

@@ -49,8 +49,8 @@ class StreamLoader:
         self._windows = self._part // block_size
         if self._windows < 1:
             raise ValueError(
-                f"the text is too short: {int(self._ends[-1]):,} tokens are {self._part:,} for each of {self.rows} rows, "
-                f"a window of block_size={block_size} needs {block_size + 1:,}"
+                f"the text is too short: {int(self._ends[-1]):,} tokens are {self._part:,} for each of {self.rows} "
+                f"rows, a window of block_size={block_size} needs {block_size + 1:,}"
             )
 
     @property
@@ -94,7 +94,8 @@ class StreamLoader:
         for key in ("rows", "block_size", "tokens", "tokenizer"):
             if state.get(key) != mine[key]:
                 raise ValueError(
-                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: not the same data"
+                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
+                    "not the same data"
                 )
         self.samples = state["samples"]
 

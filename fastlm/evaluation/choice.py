@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from fastlm.data import Tokenizer
+from fastlm.evaluation.recurrent import CausalModel, context_of, loss_of
 from fastlm.evaluation.text import IGNORED
-from fastlm.models.gpt import GPT
 
 RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then wobble by about 0.001
 
@@ -80,7 +80,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def score_choices(
-    model: GPT,
+    model: CausalModel,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
@@ -107,8 +107,8 @@ def score_choices(
             for i in range(0, len(order), batch_size):
                 batch = order[i : i + batch_size]
                 x, y = _padded([items[j] for j in batch])
-                _, losses = model(x.to(device), y.to(device), reduction="none")  # (B, T), 0 where ignored
-                likelihood[batch] = -losses.double().sum(1).cpu().numpy()  # type: ignore[union-attr]
+                losses = loss_of(model, x.to(device), y.to(device), "none")  # (B, T), 0 where ignored
+                likelihood[batch] = -losses.double().sum(1).cpu().numpy()
                 if progress is not None:
                     progress(len(batch))
     finally:
@@ -140,9 +140,11 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, level: float = 0.
     return float(low), float(high)
 
 
-def _items(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], int]:
+def _items(
+    model: CausalModel, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> tuple[list[tuple[list[int], int]], int]:
     """(ids, number of ending ids) of every ending of every question, cut on the left to what the model can read."""
-    limit = model.config.block_size + 1  # the last id is only a target
+    limit = context_of(model) + 1  # the last id is only a target
     begin = [] if tokenizer.eot is None else [tokenizer.eot]
     items, shortened = [], 0
     for question in questions:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fastlm.data import TokenData, Tokenizer
-from fastlm.models.gpt import GPT
+from fastlm.evaluation.recurrent import CausalModel, score_recurrent
+from fastlm.models.lstm import LSTMLM
 
 IGNORED = -100
 
@@ -38,7 +39,7 @@ class TextScore:
     text_bytes: int
 
 
-def score_text(model: GPT, tokenizer: Tokenizer, text: str, **options: object) -> TextScore:
+def score_text(model: CausalModel, tokenizer: Tokenizer, text: str, **options: object) -> TextScore:
     """Score one text. Options as for `score_tokens`; ValueError for an empty text."""
     if not text:
         raise ValueError("the text is empty: there is nothing to score")
@@ -47,7 +48,7 @@ def score_text(model: GPT, tokenizer: Tokenizer, text: str, **options: object) -
     return _score(model, ids, tokenizer.eot, len(raw), gzip_bits_per_byte(raw), **options)
 
 
-def score_split(model: GPT, tokenizer: Tokenizer, data: TokenData, **options: object) -> TextScore:
+def score_split(model: CausalModel, tokenizer: Tokenizer, data: TokenData, **options: object) -> TextScore:
     """Score a split of a dataset: its shards one after the other, the ends of documents included in the loss.
 
     gzip gets the same documents, decoded and written one after the other.
@@ -65,7 +66,7 @@ def gzip_bits_per_byte(raw: bytes) -> float:
 
 
 def score_tokens(
-    model: GPT,
+    model: CausalModel,
     ids: np.ndarray,
     *,
     first: int | None = None,
@@ -80,6 +81,8 @@ def score_tokens(
     window before it has scored. So every token is scored once, and all but those at the start have at least
     block_size - stride tokens before them.
 
+    A recurrent model reads the text once, its state carried from the beginning to the end.
+
     Args:
         ids: 1-D.
         first: an id put before the text (end of text), so that its first token is scored, too. None: the first token
@@ -92,6 +95,12 @@ def score_tokens(
     Raises:
         ValueError: nothing to score, or a stride that would leave tokens out.
     """
+    if isinstance(model, LSTMLM):
+        if stride is not None:
+            raise ValueError(
+                f"a recurrent model reads the text from its beginning, without windows; got stride={stride}"
+            )
+        return score_recurrent(model, ids, first=first, precision=precision, progress=progress)
     block_size = model.config.block_size
     stride = block_size // 2 or 1 if stride is None else stride
     if not 1 <= stride <= block_size:
@@ -153,7 +162,7 @@ def _window_batches(
 
 
 def _score(
-    model: GPT, ids: np.ndarray, eot: int | None, text_bytes: int, gzip_bits: float, **options: object
+    model: CausalModel, ids: np.ndarray, eot: int | None, text_bytes: int, gzip_bits: float, **options: object
 ) -> TextScore:
     total, count = score_tokens(model, ids, first=eot, **options)  # type: ignore[arg-type]
     loss = total / count

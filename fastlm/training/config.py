@@ -21,7 +21,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 ORDERS = ("random", "shuffled")
 PARALLEL = ("ddp", "fsdp")
-OBJECTIVES = ("causal", "masked")
+OBJECTIVES = ("causal", "masked", "recurrent")
 
 
 @dataclass
@@ -36,7 +36,8 @@ class DataConfig:
 class TrainingConfig:
     """How to train."""
 
-    objective: str = "causal"  # predict the next token (fastlm.GPT); "masked": the tokens left out (fastlm.Encoder)
+    objective: str = "causal"  # predict the next token (fastlm.GPT); "masked": the tokens left out
+    # (fastlm.Encoder); "recurrent": the next token, with truncated backpropagation through time (fastlm.LSTMLM)
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # windows in one forward pass
     grad_accum: int = 1  # forward passes for one optimizer step
@@ -291,8 +292,11 @@ def section_from_dict(cls: type, name: str, table: dict[str, Any]) -> Any:
 def _model_hints(objective: str) -> dict[str, Any]:
     from fastlm.models.config import GPTConfig
     from fastlm.models.encoder_config import EncoderConfig
+    from fastlm.models.lstm import LSTMConfig
 
-    return {"preset": str, **typing.get_type_hints(EncoderConfig if objective == "masked" else GPTConfig)}
+    kinds: dict[str, Any] = {"masked": EncoderConfig, "recurrent": LSTMConfig}
+    hints = typing.get_type_hints(kinds.get(objective, GPTConfig))
+    return hints if objective == "recurrent" else {"preset": str, **hints}
 
 
 def _checked_model_value(key: str, value: Any, hints: dict[str, Any]) -> Any:

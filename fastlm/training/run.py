@@ -24,9 +24,11 @@ from fastlm.data.batches import Loader
 from fastlm.data.loader import read_manifest
 from fastlm.data.masking import Masker
 from fastlm.data.special import special_ids
+from fastlm.data.streams import StreamLoader
 from fastlm.models.encoder import Encoder, EncoderConfig
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
+from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
 from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, flush_to_disk
 from fastlm.training.config import RunConfig, config_to_toml, load_config
@@ -149,7 +151,7 @@ def check_free(run: Path) -> None:
         raise FileExistsError(f"the folder {run} is not empty: choose another one for the run")
 
 
-def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig | EncoderConfig:
+def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig | EncoderConfig | LSTMConfig:
     """The model's configuration: preset, then the fields given, then the tokenizer's vocabulary.
 
     A masked model has one id more than the tokenizer, for the mask, unless the vocabulary has such a token.
@@ -168,6 +170,8 @@ def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig | En
             + (" and the mask" if masked and needed > tokenizer.vocab_size else "")
         )
     preset = fields.pop("preset", None)
+    if config.training.objective == "recurrent":
+        return LSTMConfig.from_dict(fields)
     kind: Any = EncoderConfig if masked else GPTConfig
     return kind.preset(preset, **fields) if preset else kind.from_dict(fields)
 
@@ -193,14 +197,18 @@ class Pretraining:
         self.val = TokenData.open(folder, "val") if "val" in splits else None
         self.tokenizer = dataset_tokenizer(folder)
 
-    def make_model(self) -> GPT | Encoder:
+    def make_model(self) -> GPT | Encoder | LSTMLM:
         """From scratch; notes in the config what the presets and the tokenizer came to."""
         model_config = make_model_config(self._config, self.tokenizer)
         self._config.model = model_config.to_dict()
+        if isinstance(model_config, LSTMConfig):
+            return LSTMLM.from_config(model_config)
         return GPT(model_config) if isinstance(model_config, GPTConfig) else Encoder(model_config)
 
-    def loaders(self, model: GPT | Encoder, group: Processes) -> Loaders:
+    def loaders(self, model: GPT | Encoder | LSTMLM, group: Processes) -> Loaders:
         """Of the training split and, where there is one, the validation split; ValueError where a text is too short."""
+        if isinstance(model, LSTMLM):
+            return _stream_loaders(self.train, self.val, model, self._config, group)
         return window_loaders(self.train, self.val, model, self.tokenizer, self._config, group)
 
 
@@ -228,6 +236,23 @@ def window_loaders(
         return windows, val_windows
     masker = Masker.make(tokenizer, config.masking, model.config.mask_token_id)
     return MaskedLoader(windows, masker), None if val_windows is None else MaskedLoader(val_windows, masker)
+
+
+def _stream_loaders(
+    train: TokenData, val: TokenData | None, model: LSTMLM, config: RunConfig, group: Processes
+) -> Loaders:
+    """Rows that read the text from window to window."""
+    settings, block_size = config.training, model.config.block_size
+    streams = StreamLoader(
+        train, settings.batch_size, block_size, accumulation=settings.grad_accum,
+        rank=group.rank, world_size=group.world_size,
+    )  # fmt: skip
+    if val is None:
+        return streams, None
+    try:
+        return streams, StreamLoader(val, min(settings.batch_size, max(1, val.tokens // (block_size + 1))), block_size)
+    except ValueError as e:
+        raise ValueError(f"validation split of {config.data.path}: {e}") from None
 
 
 def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:

@@ -15,6 +15,7 @@ import torch
 
 from fastlm.data import Tokenizer
 from fastlm.data.batches import Loader, forward_arguments
+from fastlm.models.lstm import LSTMLM
 from fastlm.optim import clip_grad_norm
 from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
@@ -23,6 +24,7 @@ from fastlm.training.flops import peak_flops
 from fastlm.training.journal import Journal
 from fastlm.training.optimizer import make_optimizer
 from fastlm.training.progress import Display
+from fastlm.training.recurrent import HiddenStates
 from fastlm.training.schedule import learning_rate
 from fastlm.training.sharding import Shards
 from fastlm.training.signals import StopRequest
@@ -94,6 +96,7 @@ class Trainer:
         self.forward: Any = torch.compile(self.averaging) if config.training.compile else self.averaging
         self.optimizer = make_optimizer(self.shards or model, config.optimizer, config.training.lr)
         self.peak_flops = peak_flops(self.device, self.precision)
+        self.hidden = HiddenStates() if isinstance(model, LSTMLM) else None  # of a recurrent model's streams
         self.step = 0  # optimizer steps done
         self.train_loss: float | None = None
         self.val_loss: float | None = None  # None until evaluated, and again after a step
@@ -164,8 +167,8 @@ class Trainer:
                     continue
                 else:  # nothing is left for this process, but the others want its part of the weights
                     batch, weight = together[0][0], 0
-                arguments, packing = forward_arguments(batch, self.device)
-                _, loss = self.model(*arguments, **packing)
+                arguments, options = forward_arguments(batch, self.device)
+                loss = self._loss(self.model, arguments, options)
                 total, weights = total + loss.item() * weight, weights + weight
         self.model.train()
         total, weights = self.group.sum(total, weights)
@@ -217,6 +220,7 @@ class Trainer:
             "optimizer": optimizer if self.shards is None else self.shards.gathered(optimizer),
             "data": self.train_loader.state_dict(),
             "rng": self.group.gather(rng_state()),
+            "hidden": None if self.hidden is None else self.group.gather(self.hidden.state_dict()),
         }
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -230,6 +234,8 @@ class Trainer:
         self.train_loader.load_state_dict(state["data"])
         if len(state["rng"]) == self.group.world_size:
             set_rng_state(state["rng"][self.group.rank])
+            if self.hidden is not None:
+                self.hidden.load_state_dict(state["hidden"][self.group.rank], self.device)
         else:  # another number of processes: the data go on where they were, dropout is drawn anew
             torch.manual_seed(self.config.training.seed + self.step + self.group.rank)
 
@@ -243,14 +249,14 @@ class Trainer:
         tokens = 0
         position = self.train_loader.samples
         for i in range(settings.grad_accum):
-            arguments, packing = forward_arguments(self.train_loader.next_batch(), self.device)
+            arguments, options = forward_arguments(self.train_loader.next_batch(), self.device)
             last = i == settings.grad_accum - 1
             if self.shards is not None:
                 self.averaging.set_requires_gradient_sync(last)
             averages = last or self.shards is not None
             with contextlib.nullcontext() if averages else self.group.not_yet_averaging(self.averaging):
                 with self._autocast():
-                    _, loss = self.forward(*arguments, **packing)
+                    loss = self._loss(self.forward, arguments, options)
                 (loss / settings.grad_accum).backward()
             loss_sum += loss.detach()
             tokens += arguments[0].numel() * self.group.world_size
@@ -269,6 +275,11 @@ class Trainer:
         self.step += 1
         self.val_loss = None
         return tokens
+
+    def _loss(self, forward: Any, arguments: Any, options: dict[str, Any]) -> torch.Tensor:
+        if self.hidden is None:
+            return forward(*arguments, **options)[1]
+        return self.hidden.loss(forward, *arguments, **options)
 
     def _stop_non_finite(self, position: int) -> None:
         self.writer.wait()

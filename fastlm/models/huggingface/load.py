@@ -19,6 +19,8 @@ from fastlm.models.gpt import GPT
 from fastlm.models.huggingface.configs import config_from_huggingface
 from fastlm.models.huggingface.encoder_configs import ENCODERS, encoder_config_from_huggingface
 from fastlm.models.huggingface.names import Source, bare, is_ignored, rename_old, sources
+from fastlm.models.lstm import LSTMLM
+from fastlm.models.lstm import MODEL_TYPE as LSTM_TYPE
 
 Model = TypeVar("Model", GPT, Encoder)
 WEIGHTS = "model.safetensors"
@@ -86,10 +88,17 @@ def encoder_from_pretrained(
         return checkpoint.fill(model, dtype, device)
 
 
-def model_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT | Encoder:
-    """Load what config.json says is there: a causal model or an encoder."""
+def model_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT | Encoder | LSTMLM:
+    """Load what config.json says is there: a causal model, an encoder or an LSTM."""
     if read_config(Path(path)).get("model_type") in ENCODERS:
         return encoder_from_pretrained(path, **options)
+    return causal_from_pretrained(path, **options)
+
+
+def causal_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT | LSTMLM:
+    """Load a model that predicts the next token: a GPT or an LSTM."""
+    if read_config(Path(path)).get("model_type") == LSTM_TYPE:
+        return LSTMLM.from_pretrained(path, **options)
     return from_pretrained(path, **options)
 
 
