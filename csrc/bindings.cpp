@@ -16,6 +16,7 @@
 #include "common/pool.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
+#include "decode/decode.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
@@ -149,6 +150,42 @@ void skinny_linear(Address x, Address weight, Address bias, Address y, int64_t r
                        cols,        depth,            x_stride,       weight_stride, dtype(type)};
   py::gil_scoped_release release;
   skinny_linear_cpu(p);
+}
+
+// `weights`: addresses, twelve a block in the order of DecodeBlock, then the last norm's two. `caches`: for each group of
+// sequences its rows, length and capacity, then for each block the addresses of its keys, then of its values.
+// `sizes`: width, heads, kv_heads, head_dim, mlp_size, window_left. `addresses`: alibi_slopes, cos, sin, h, out.
+void decode(const std::vector<int64_t>& weights, const std::vector<std::vector<int64_t>>& caches,
+            const std::array<int64_t, 6>& sizes, const std::array<Address, 5>& addresses, bool table_of_each_row, bool rms,
+            float eps, float scale, float softcap, int act, int type) {
+  const int64_t layers = static_cast<int64_t>(weights.size()) / 12;
+  const auto weight = [&](int64_t i) { return at<void>(static_cast<Address>(weights.at(i))); };
+  std::vector<DecodeBlock> blocks;
+  for (int64_t l = 0; l < layers; ++l) {
+    const int64_t i = 12 * l;
+    blocks.push_back({{weight(i), weight(i + 1)}, {weight(i + 2), weight(i + 3)}, {weight(i + 4), weight(i + 5)},
+                      {weight(i + 6), weight(i + 7)}, {weight(i + 8), weight(i + 9)}, {weight(i + 10), weight(i + 11)}});
+  }
+  std::vector<std::vector<void*>> stores;
+  for (const std::vector<int64_t>& cache : caches) {
+    if (static_cast<int64_t>(cache.size()) != 3 + 2 * layers) throw std::invalid_argument("decode: wanted keys and values of each block");
+    std::vector<void*>& store = stores.emplace_back();
+    for (int64_t i = 0; i < 2 * layers; ++i) store.push_back(at<void>(static_cast<Address>(cache[3 + i])));
+  }
+  std::vector<DecodeGroup> groups;
+  int64_t rows = 0;
+  for (size_t g = 0; g < caches.size(); ++g) {
+    groups.push_back({caches[g][0], caches[g][1], caches[g][2], stores[g].data(), stores[g].data() + layers});
+    rows += caches[g][0];
+  }
+  const Decode p{blocks.data(), layers, {weight(12 * layers), weight(12 * layers + 1)},
+                 groups.data(), static_cast<int64_t>(groups.size()),
+                 rows, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                 rms, eps, scale, softcap, sizes[5],
+                 at<float>(addresses[0]), at<float>(addresses[1]), at<float>(addresses[2]), table_of_each_row,
+                 activation(act), dtype(type), at<void>(addresses[3]), at<void>(addresses[4])};
+  py::gil_scoped_release release;
+  decode_cpu(p);
 }
 
 void cross_entropy_block(Address logits, Address targets, Address loss, Address lse, Address dloss, int64_t rows,
@@ -333,6 +370,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
   m.def("skinny_linear", &skinny_linear);
+  m.def("decode", &decode);
   m.def("lstm_forward", &lstm_forward);
   m.def("lstm_forward_workspace", &lstm_forward_workspace_cpu);
   m.def("lstm_backward", &lstm_backward);

@@ -55,6 +55,19 @@ class KVCache:
         """All layers have stored this many tokens more."""
         self.length += tokens
 
+    def addresses(self) -> list[int]:
+        """For csrc/decode: rows, tokens, capacity, then where the keys of each layer lie, then the values.
+
+        There is room for one more token in each layer then. Tokens must have been appended before.
+        """
+        for store in (self._keys, self._values):
+            for layer, held in enumerate(store):
+                assert held is not None
+                self._room(store, layer, held, self.length + 1)
+        stores: list[Any] = [*self._keys, *self._values]
+        rows, capacity = stores[0].shape[:2]
+        return [rows, self.length, capacity, *(t.data_ptr() for t in stores)]
+
     def clear(self) -> None:
         """Forget all tokens; the memory is kept."""
         self.length = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.cache import KVCache, RaggedCache
+from fastlm.generation.decoder import Decoder
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, stop_rule
 
@@ -89,10 +90,11 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        decode = Decoder(model) if Decoder.suits(model) else model.hidden_states
         for step in range(max_new_tokens):
             if not groups:
                 break
-            logits = _next_logits(model, groups)  # (rows still open, V)
+            logits = _next_logits(model, decode, groups)  # (rows still open, V)
             if torch.isnan(logits).any():
                 raise RuntimeError(f"the model's logits are NaN at new token {step + 1}: are its weights finite?")
             seen = [group.seen for group in groups if group.seen is not None]
@@ -188,8 +190,9 @@ class _Group:
             results[self.rows[i]] = self.tokens[i, : self.length].clone()
 
 
-def _next_logits(model: GPT, groups: list[_Group]) -> Tensor:
-    """The logits of the next token of every row, (rows, V), in the order of the groups."""
+def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]) -> Tensor:
+    """The logits of the next token of every row, (rows, V), in the order of the groups. `decode`: the model's hidden
+    states of one token a row."""
     hidden: dict[int, Tensor] = {}
     decoding = []
     for i, group in enumerate(groups):
@@ -203,7 +206,7 @@ def _next_logits(model: GPT, groups: list[_Group]) -> Tensor:
         last = torch.cat([group.tokens[:, group.length - 1 : group.length] for group in batch])  # (rows, 1)
         sizes = [len(group.rows) for group in batch]
         cache = batch[0].cache if len(batch) == 1 else RaggedCache([group.cache for group in batch], sizes)
-        hidden.update(zip(decoding, model.hidden_states(last, cache=cache)[:, -1].split(sizes), strict=True))
+        hidden.update(zip(decoding, decode(last, cache=cache)[:, -1].split(sizes), strict=True))
     return model.logits(torch.cat([hidden[i] for i in range(len(groups))]))
 
 

@@ -132,12 +132,7 @@ class GPT(nn.Module):
         """The last block's output after the final norm, (B, T, C): what the head reads. Arguments as for `forward`."""
         self._check(idx, cu_seqlens, max_seqlen, cache)
         positions = self._positions(idx, cu_seqlens, cache)  # (T) or (B, T)
-        h = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            h = h + self.wpe(positions)
-        if self.sinusoidal is not None:  # the embedding is scaled up to the sinusoids, as in their paper, section 3.4
-            h = h * math.sqrt(self.config.n_embd) + self.sinusoidal(positions).to(h.dtype)
-        h = F.dropout(h, self.embedding_dropout, self.training)
+        h = F.dropout(self.embed(idx, positions), self.embedding_dropout, self.training)
 
         options: dict[str, Any] = {
             "rotation": None if self.rotary is None else self.rotary(positions),
@@ -158,9 +153,19 @@ class GPT(nn.Module):
         y, _ = self.norm(branch, residual=h)
         return y
 
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B, T) and positions (T) or (B, T) -> (B, T, C), the start of the residual stream."""
+        h = self.wte(idx)
+        if self.wpe is not None:
+            h = h + self.wpe(positions)
+        if self.sinusoidal is not None:  # the embedding is scaled up to the sinusoids, as in their paper, section 3.4
+            h = h * math.sqrt(self.config.n_embd) + self.sinusoidal(positions).to(h.dtype)
+        return h
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        logits = F.linear(hidden, self.head_weight)
+        on_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+        logits = (ops.linear if on_cpu else F.linear)(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 
