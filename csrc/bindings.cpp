@@ -209,29 +209,31 @@ void cross_entropy_block_on_cuda(Address logits, Address targets, Address loss, 
 }
 
 // Addresses: q, k, v, alibi_slopes, cu_seqlens, rng_state. Sizes: the strides (batch, row, head) of q, k and v, the batch
-// stride of alibi_slopes, the number of packed sequences, B, T, S, H, H_kv, D, window_left, window_right.
-AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 19>& size, float scale,
+// stride of alibi_slopes, the number of packed sequences, B, T, S, H, H_kv, D, window_left, window_right, max_seqlen.
+AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 20>& size, float scale,
                                  float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
   const auto strides = [&](int i) { return Strides{size[i], size[i + 1], size[i + 2]}; };
   return {at<void>(address[0]), at<void>(address[1]), at<void>(address[2]), strides(0), strides(3), strides(6),
           at<float>(address[3]), size[9], at<int32_t>(address[4]), size[10], at<int64_t>(address[5]),
           dropout_threshold, dropout_scale, size[11], size[12], size[13], size[14], size[15], size[16], size[17],
-          size[18], scale, softcap, dtype(type)};
+          size[18], size[19], scale, softcap, dtype(type)};
 }
 
-void attention_forward(Address out, Address lse, const std::array<Address, 6>& address,
-                       const std::array<int64_t, 19>& size, float scale, float softcap, uint32_t dropout_threshold,
-                       float dropout_scale, int type) {
+void attention_forward(bool on_cuda, Address out, Address lse, const std::array<Address, 6>& address,
+                       const std::array<int64_t, 20>& size, float scale, float softcap, uint32_t dropout_threshold,
+                       float dropout_scale, int type, Address stream) {
   const AttentionInputs p =
       attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
   py::gil_scoped_release release;
-  attention_forward_cpu(p, at<void>(out), at<float>(lse));
+  on_cuda ? attention_forward_cuda(p, at<void>(out), at<float>(lse), at<void>(stream))
+          : attention_forward_cpu(p, at<void>(out), at<float>(lse));
 }
 
-// gradients: out, lse, dout, dlse, dq, dk, dv
-void attention_backward(const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
-                        const std::array<Address, 6>& address, const std::array<int64_t, 19>& size, float scale,
-                        float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
+// gradients: out, lse, dout, dlse, dq, dk, dv. workspace: CUDA only
+void attention_backward(bool on_cuda, const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
+                        const std::array<Address, 6>& address, const std::array<int64_t, 20>& size, float scale,
+                        float softcap, uint32_t dropout_threshold, float dropout_scale, int type, Address workspace,
+                        Address stream) {
   const AttentionInputs p =
       attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
   const AttentionGradients g{at<void>(gradients[0]), at<float>(gradients[1]),
@@ -239,7 +241,7 @@ void attention_backward(const std::array<Address, 7>& gradients, const std::arra
                              at<float>(gradients[3]), at<void>(gradients[4]),
                              at<void>(gradients[5]), at<void>(gradients[6])};
   py::gil_scoped_release release;
-  attention_backward_cpu(p, g);
+  on_cuda ? attention_backward_cuda(p, g, at<float>(workspace), at<void>(stream)) : attention_backward_cpu(p, g);
 }
 
 // Addresses: q, k, their results (the same, or others), cos, sin, positions. Sizes: for q and for k the strides (batch, row,

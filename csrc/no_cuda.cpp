@@ -1,6 +1,7 @@
 // What stands in for the .cu files in a build without CUDA (setup.py compiles either them or this file).
 #include <stdexcept>
 
+#include "attention/attention.h"
 #include "common/build_info.h"
 #include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
@@ -21,6 +22,8 @@ int64_t gemm_workspace_cuda(const Gemm&) { no_cuda(); }
 void gemm_cuda(const Gemm&, void*) { no_cuda(); }
 int64_t activation_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }
 void activation_backward_cuda(const ActivationBackward&, void*) { no_cuda(); }
+void attention_forward_cuda(const AttentionInputs&, void*, float*, void*) { no_cuda(); }
+void attention_backward_cuda(const AttentionInputs&, const AttentionGradients&, float*, void*) { no_cuda(); }
 int64_t layer_norm_backward_workspace_cuda(int64_t, int64_t, int) { no_cuda(); }
 void layer_norm_forward_cuda(const LayerNormForward&, void*) { no_cuda(); }
 void layer_norm_backward_cuda(const LayerNormBackward&, int, void*) { no_cuda(); }

@@ -25,6 +25,7 @@ struct AttentionInputs {
   float dropout_scale;                                   // 1 / (1 - p)
   int64_t batch, rows, columns, heads, kv_heads, width;  // B, T, S, H, H_kv, D
   int64_t window_left, window_right;                     // -1: no bound; causal: window_right = 0
+  int64_t max_seqlen;                                    // with cu_seqlens: no sequence is longer (CUDA)
   float scale, softcap;                                  // softcap 0: none
   DType type;
 };
@@ -42,5 +43,11 @@ struct AttentionGradients {
 };
 
 void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g);
+
+// CUDA, sm_80 and newer. D is a multiple of 8 up to 256; q, k, v, out, dout and their strides are aligned to 16 bytes.
+// dout is there also where it is zero. Everything is summed in a fixed order: two runs give the same bits.
+void attention_forward_cuda(const AttentionInputs& p, void* out, float* lse, void* stream);
+// workspace: 2 B H T floats.
+void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients& g, float* workspace, void* stream);
 
 }  // namespace fastlm

@@ -56,6 +56,11 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def on_cuda(t: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor. (The tests' emulator runs them on CPU tensors.)"""
+    return t.is_cuda
+
+
 def stream(t: Tensor) -> int:
     """The raw current CUDA stream of the tensor's device; 0 on the CPU."""
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from fastlm.ops import native, registry
+from fastlm.ops.attention import native as attention
 from fastlm.ops.embedding import native as embedding
 from fastlm.ops.layer_norm import native as layer_norm
 from fastlm.ops.linear_cross_entropy import cuda as linear_cross_entropy
@@ -98,16 +99,22 @@ class Compiled:
     def cross_entropy_block_cuda(self, *arguments: Any) -> None:
         module().cross_entropy_block_cuda(*arguments)
 
+    def attention_forward(self, on_cuda: bool, *arguments: Any) -> None:
+        module().attention_forward(True, *arguments)
+
+    def attention_backward(self, on_cuda: bool, *arguments: Any) -> None:
+        module().attention_backward(True, *arguments)
+
 
 @contextmanager
 def emulated() -> Iterator[None]:
     """Inside, the ops' native wrappers call the emulated kernels."""
-    compiled = native.C
-    native.C = Compiled()
+    compiled, on_cuda = native.C, native.on_cuda
+    native.C, native.on_cuda = Compiled(), lambda t: True
     try:
         yield
     finally:
-        native.C = compiled
+        native.C, native.on_cuda = compiled, on_cuda
 
 
 class Emulated:
@@ -141,3 +148,4 @@ def register() -> None:
         registry.register_implementation(op, NAME, Emulated(mlp))
     registry.register_implementation("sample", NAME, Emulated(sample))
     registry.register_implementation("linear_cross_entropy", NAME, Emulated(linear_cross_entropy))
+    registry.register_implementation("attention", NAME, Emulated(attention))

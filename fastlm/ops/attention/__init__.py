@@ -282,4 +282,4 @@ def _prepare_attention(
     return _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
 
 
-registry.register("attention", _prepare_attention, reference=reference, cpu=native)
+registry.register("attention", _prepare_attention, reference=reference, cpu=native, cuda=native)

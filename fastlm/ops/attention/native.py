@@ -1,17 +1,25 @@
-"""Attention through fastlm._C: the C++ kernel on CPU tensors."""
+"""Attention through fastlm._C: the C++ kernel on CPU tensors, the CUDA kernels on CUDA tensors."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops import native, philox
 from fastlm.ops.native import DTYPE_CODE, pointer
 
+MAX_CUDA_WIDTH = 256
+MAX_CUDA_LENGTH = 2**29
 
-def unsupported(q: Tensor, *rest: object) -> str | None:
+
+def unsupported(q: Tensor, k: Tensor, *rest: object) -> str | None:
     if q.dtype not in DTYPE_CODE:
         return f"its kernels are for float32, bfloat16 and float16, got {q.dtype}"
+    if native.on_cuda(q) and max(q.shape[1], k.shape[1]) > MAX_CUDA_LENGTH:
+        return f"its CUDA kernels are for up to 2^29 queries and keys, got {q.shape[1]} and {k.shape[1]}"
+    if native.on_cuda(q) and q.shape[3] > MAX_CUDA_WIDTH:
+        return f"its CUDA kernels are for head dims up to {MAX_CUDA_WIDTH}, got {q.shape[3]}"
     return None
 
 
@@ -30,13 +38,15 @@ def forward(
     dropout_p: float,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, length, heads, width = q.shape
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    inputs = _inputs(q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p)
-    native.C.attention_forward(out.data_ptr(), lse.data_ptr(), *inputs)
-    return out, lse
+    on_cuda, q, k, v = native.on_cuda(q), _rows(q), _rows(k), _rows(v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    inputs = _inputs(
+        q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p, max_seqlen
+    )
+    native.C.attention_forward(on_cuda, out.data_ptr(), lse.data_ptr(), *inputs, native.stream(q))
+    return _narrowed(out, width), lse
 
 
 def backward(
@@ -58,22 +68,44 @@ def backward(
     dropout_p: float,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    width, on_cuda = q.shape[3], native.on_cuda(q)
     q, k, v = _rows(q), _rows(k), _rows(v)
+    if on_cuda and dout is None:
+        dout = torch.zeros_like(out)
     dout = None if dout is None else _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    inputs = _inputs(q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p)
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    out = _rows(out)
+    workspace = lse.new_empty((2, *lse.shape)) if on_cuda else None
+    inputs = _inputs(
+        q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p, max_seqlen
+    )
     native.C.attention_backward(
+        on_cuda,
         tuple(pointer(t) for t in (out, lse, dout, dlse, dq, dk, dv)),
         (0, 0, 0) if dout is None else dout.stride()[:3],
         *inputs,
+        pointer(workspace),
+        native.stream(q),
     )
-    return dq, dk, dv
+    return _narrowed(dq, width), _narrowed(dk, width), _narrowed(dv, width)
 
 
 def _rows(t: Tensor) -> Tensor:
-    """With a contiguous last dimension: what the kernels ask of strides."""
-    return t if t.stride(3) == 1 else t.contiguous()
+    """With a contiguous last dimension, and on CUDA in whole chunks of 16 bytes: what the kernels ask of strides."""
+    if not native.on_cuda(t):
+        return t if t.stride(3) == 1 else t.contiguous()
+    if t.shape[3] % 8:
+        return F.pad(t, (0, -t.shape[3] % 8))  # zeros change no score
+    size = t.element_size()
+    aligned = t.data_ptr() % 16 == 0 and all(
+        n == 1 or s * size % 16 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)
+    )
+    return t if aligned and t.stride(3) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _narrowed(t: Tensor, width: int) -> Tensor:
+    return t if t.shape[3] == width else t[..., :width].contiguous()
 
 
 def _inputs(
@@ -88,6 +120,7 @@ def _inputs(
     window_right: int,
     softcap: float,
     dropout_p: float,
+    max_seqlen: int,
 ) -> tuple:
     """AttentionInputs of csrc/attention/attention.h, in the order that csrc/bindings.cpp takes it."""
     batch, length, heads, width = q.shape
@@ -108,6 +141,7 @@ def _inputs(
             width,
             window_left,
             window_right,
+            max_seqlen,
         ),
         scale,
         softcap,

@@ -1,0 +1,62 @@
+// attention.h on CUDA, backward: what both of its kernels need first, and their launches (sm80/backward.h).
+#include "attention/sm80/backward.h"
+
+namespace fastlm {
+namespace cuda {
+namespace {
+
+constexpr int kLanes = 8;  // of a row: 8 vectors are 64 elements
+constexpr int kThreads = 128;
+
+// lse and delta of sm80/backward.h. lse_factor: log2e where the kernels that follow are the plain ones.
+__global__ void __launch_bounds__(kThreads)
+    attention_delta(const __grid_constant__ AttentionInputs p, const __grid_constant__ AttentionGradients g, float lse_factor,
+                    float* __restrict__ lse, float* __restrict__ delta) {
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;  // of (B, T, H)
+  const bool there = index < p.batch * p.rows * p.heads;
+  const int64_t head = index % p.heads, row = index / p.heads % p.rows, batch = index / p.heads / p.rows;
+  float sum = 0.0f;
+  if (there) {
+    const int64_t dout = at(g.dout_strides, batch, head) + row * g.dout_strides.row;
+    for (int64_t c = threadIdx.x % kLanes * kVector; c < p.width; c += kLanes * kVector) {
+      float a[kVector], b[kVector];
+      load_vector_as_float(g.out, index * p.width + c, p.type, true, kVector, a);
+      load_vector_as_float(g.dout, dout + c, p.type, true, kVector, b);
+#pragma unroll
+      for (int i = 0; i < kVector; i++) sum += a[i] * b[i];
+    }
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+  if (there && threadIdx.x % kLanes == 0) {
+    const int64_t to = (batch * p.heads + head) * p.rows + row;
+    lse[to] = g.lse[to] == -kInfinity ? kInfinity : g.lse[to] * lse_factor;
+    delta[to] = sum - (g.dlse == nullptr ? 0.0f : g.dlse[to]);
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+
+void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients& g, float* workspace, void* stream) {
+  using namespace cuda;
+  check_inputs(p);
+  check_rows("dout", g.dout, g.dout_strides, p.batch, p.rows, p.heads, p.type);
+  check_rows("out", g.out, {0, 0, 0}, 1, 1, 1, p.type);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const int64_t planes = p.batch * p.heads, rows = planes * p.rows;
+  float *const lse = workspace, *const delta = workspace + rows;
+  if (rows > 0) {
+    const int64_t blocks = (rows * kLanes + kThreads - 1) / kThreads;
+    if (blocks > 2147483647) {
+      throw std::invalid_argument("attention: " + std::to_string(blocks) + " blocks wanted, but a CUDA grid holds at most 2147483647");
+    }
+    launch("attention_delta", {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, cuda_stream}, attention_delta, p, g,
+           has_general_kernel(p) ? 1.0f : kLog2E, lse, delta);
+  }
+  const BackwardInputs inputs{p, g.dout, g.dout_strides, lse, delta};
+  attention_backward_rows(inputs, g.dq, cuda_stream);
+  attention_backward_columns(inputs, g.dk, g.dv, cuda_stream);
+}
+
+}  // namespace fastlm

@@ -1,0 +1,75 @@
+// attention.h on CUDA, backward. With p_ij = e^(s_ij - lse_i), and p' = p / (1 - probability) or 0 by dropout,
+//
+//   delta_i = sum over d of dout_id out_id - dlse_i,   ds_ij = (p'_ij dout_i . v_j - p_ij delta_i) softcap'
+//   dv_j = sum over i of p'_ij dout_i,   dk_j = scale sum over i of ds_ij q_i,   dq_i = scale sum over j of ds_ij k_j
+//
+// dk and dv are sums over rows and dq is one over columns, so each has a kernel in which a block of threads owns what it
+// sums: no atomics, no order to enforce, and seven products instead of the five that one kernel for both would need.
+#pragma once
+#include "attention/sm80/fragments.h"
+#include "attention/sm80/launch.h"
+#include "attention/sm80/scores.h"
+
+namespace fastlm::cuda {
+
+struct BackwardInputs {
+  AttentionInputs p;
+  const void* dout;
+  Strides dout_strides;
+  const float* lse;    // (B, H, T): the base of Scoring's weights; +infinity in rows that see nothing, whose weights become 0
+  const float* delta;  // (B, H, T)
+};
+
+void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream);
+void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv, cudaStream_t stream);
+
+// s: products q . k, which become p'; dp: products dout . v, which become ds. `lse` and `delta` are functions of (r, n, e),
+// as is `distance`, from the column that the row is aligned with. kept: bit 4 n + e of kept[r].
+template <bool kGeneral, int kRowTiles, int kTiles, class Lse, class Delta, class Distance>
+FASTLM_DEVICE void weights_and_gradients(float (&s)[kRowTiles][kTiles][4], float (&dp)[kRowTiles][kTiles][4],
+                                         const Scoring<kGeneral>& scoring, const uint32_t (&kept)[kRowTiles], float dropout_scale,
+                                         Lse lse, Delta delta, Distance distance) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; r++) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float slope = 1.0f;
+        float weight, dweight = dp[r][n][e];
+        if constexpr (kGeneral) {
+          weight = scoring.weight(scoring.score(s[r][n][e], distance(r, n, e), slope), lse(r, n, e));
+          const bool keep = kept[r] >> (4 * n + e) & 1;
+          dweight = keep ? dweight * dropout_scale : 0.0f;
+          s[r][n][e] = keep ? weight : 0.0f;
+        } else {
+          weight = s[r][n][e] = scoring.weight(s[r][n][e], lse(r, n, e));
+        }
+        dp[r][n][e] = weight * (dweight - delta(r, n, e)) * slope;
+      }
+    }
+  }
+}
+
+// Weights and gradients of what is not visible become 0.
+template <int kRowTiles, int kTiles>
+FASTLM_DEVICE void hide(float (&s)[kRowTiles][kTiles][4], float (&ds)[kRowTiles][kTiles][4], const Span& span, int row, int column) {
+  // Relative to the column, so that the limits of each row are no loop invariants, which would take registers.
+  const int first = span.column - column, end = span.column_end - column, aligned = row + span.diagonal - column;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; r++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int at = aligned + 16 * r + 8 * half, low = max(first, at - span.left), high = min(end, at + span.right + 1);
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          if (8 * n + e < low || 8 * n + e >= high) s[r][n][2 * half + e] = ds[r][n][2 * half + e] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fastlm::cuda
