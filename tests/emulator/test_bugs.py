@@ -269,11 +269,16 @@ def test_right_kernels_are_clean(
     assert result.stderr == ""
 
 
+# Programs of small cases (kernels/sanitize_<name>.cpp), and the folders of csrc whose kernels they run.
+OPS = {"layer_norm": ["layer_norm"], "gemm": ["gemm", "cross_entropy"]}
+
+
 @pytest.mark.parametrize("schedule", ["fifo", "random"])
 @pytest.mark.parametrize("flavour", ["address", "thread"])
-def test_layer_norm_is_clean(flavour: str, schedule: str) -> None:
-    sources = sorted((build.CSRC / "layer_norm").glob("*.cu"))
-    program = compile_program("layer_norm", flavour, harness.KERNELS / "sanitize_layer_norm.cpp", *sources)
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_is_clean(name: str, flavour: str, schedule: str) -> None:
+    sources = [source for folder in OPS[name] for source in sorted((build.CSRC / folder).glob("*.cu"))]
+    program = compile_program(name, flavour, harness.KERNELS / f"sanitize_{name}.cpp", *sources)
     result = run_program(program, *(["wide"] if flavour == "address" else []), schedule=schedule)
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
     assert result.stderr == ""

@@ -1,27 +1,14 @@
 // Layer norm forward and backward on small cases, for the sanitizers: fast and general kernels, all kinds of types.
 #include <cstdio>
-#include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
 #include "layer_norm/layer_norm.h"
+#include "sanitize.h"
 
 namespace {
 
 using namespace fastlm;
-
-// A buffer of exactly this many bytes that starts `shift` bytes after a multiple of 128.
-struct Buffer {
-  void* block = nullptr;
-  unsigned char* data;
-  Buffer(int64_t bytes, int shift) {
-    if (posix_memalign(&block, 128, static_cast<size_t>(bytes + shift)) != 0) std::abort();
-    data = static_cast<unsigned char*>(block) + shift;
-    for (int64_t i = 0; i < bytes; i++) data[i] = static_cast<unsigned char>(i % 3 == 1 ? 0x3c : 0x10);
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(block); }
-};
 
 void run(int64_t rows, int64_t cols, DType x, DType h, DType w, bool rms, bool residual, bool bias, int shift) {
   const int64_t n = rows * cols, xs = size_of(x), hs = size_of(h), ws = size_of(w);
