@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_batches_of_examples():
     epochs = [torch.cat([one.next_batch()[1] for _ in range(2)]).tolist() for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
     x, y, starts, longest = one.next_batch()
-    assert [x[0, a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)] == [sequences[i] for i in y]
+    assert [x[0, a:b].tolist() for a, b in itertools.pairwise(starts.tolist())] == [sequences[i] for i in y]
     assert longest == max(len(sequences[i]) for i in y) and starts.dtype == torch.int32
     parts = [loader(rank=r, world_size=2).next_batch()[1].tolist() for r in (0, 1)]
     assert parts[0] + parts[1] == epochs[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
 from fastlm.models.huggingface.names import PREFIX, folder_kind, full, sources
+from fastlm.nn.linear import Linear
 from fastlm.nn.lora import LoRALinear
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -67,7 +68,7 @@ def unmerge(model: nn.Module) -> None:
 def remove_lora(model: nn.Module) -> None:
     """Ordinary layers again, with the weights that they have now (`merge` first to keep what was learned)."""
     for name, layer in _layers(model).items():
-        plain = nn.Linear(1, 1, bias=False)
+        plain = Linear(1, 1, bias=False)
         plain.in_features, plain.out_features = layer.in_features, layer.out_features
         plain.weight, plain.bias = layer.weight, layer.bias
         _replace(model, name, plain)
