@@ -6,16 +6,12 @@ Letters of the shapes: B sequences, T tokens, E embedding_dim, H hidden_dim, L n
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastlm import ops
@@ -201,20 +197,11 @@ class LSTMLM(nn.Module):
         Raises:
             ValueError: a format other than "fastlm": transformers has no LSTM.
         """
-        from fastlm.models.huggingface.atomic import replace_folder, sync
+        from fastlm.models.folder import save_folder  # it imports Hugging Face's folders, which know this module
 
         if format != "fastlm":
             raise ValueError(f"an LSTMLM can be saved in the format 'fastlm' only, got {format!r}")
-        with replace_folder(Path(path).resolve(), keep=lambda name: True) as new:
-            fields = {"model_type": MODEL_TYPE, "config": self.config.to_dict()}
-            (new / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-            weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-            try:
-                save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"{path} is unchanged: model.safetensors could not be written: {error}") from None
-            for file in new.iterdir():
-                sync(file)
+        save_folder(self, path, MODEL_TYPE, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LSTMLM:
@@ -224,21 +211,13 @@ class LSTMLM(nn.Module):
             FileNotFoundError: no such folder, or a file of it is missing.
             ValueError: another kind of model, or a damaged file.
         """
-        folder = Path(path)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is not a model: it has no {name}")
-        try:
-            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            kind = fields["model_type"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is damaged: {type(error).__name__}: {error}") from None
-        if kind != MODEL_TYPE:
-            raise ValueError(f"{folder} is a model of the type {kind!r}, wanted {MODEL_TYPE!r} (fastlm.LSTMLM)")
+        from fastlm.models.folder import load_weights, read_folder
+
+        config = LSTMConfig.from_dict(read_folder(path, MODEL_TYPE, "fastlm.LSTMLM"))
         with torch.device("meta"):
-            model = cls.from_config(LSTMConfig.from_dict(fields["config"]))
+            model = cls.from_config(config)
         model.to_empty(device=device)
-        _load_weights(model, folder / "model.safetensors")
+        load_weights(model, path)
         return model.eval()
 
     def _check(self, x: Tensor, hidden: Hidden | None) -> None:
@@ -256,21 +235,3 @@ class LSTMLM(nn.Module):
             if low < 0 or high >= config.vocab_size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"x holds the token id {wrong}; this model knows 0 to {config.vocab_size - 1}")
-
-
-@torch.no_grad()
-def _load_weights(model: LSTMLM, path: Path) -> None:
-    parameters = dict(model.named_parameters())
-    try:
-        with safe_open(path, "pt") as file:
-            held = set(file.keys())
-            if held != parameters.keys():
-                missing, unknown = sorted(parameters.keys() - held), sorted(held - parameters.keys())
-                raise ValueError(f"{path} is of another model: missing {missing}, unknown {unknown}")
-            for name, parameter in parameters.items():
-                stored = file.get_tensor(name)
-                if stored.shape != parameter.shape:
-                    raise ValueError(f"{path}: {name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}")
-                parameter.copy_(stored)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None

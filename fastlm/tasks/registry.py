@@ -24,6 +24,7 @@ from fastlm.training.trainer import TrainResult
 TASKS = {
     "classification": "fastlm.tasks.classification",
     "text": "fastlm.tasks.text",
+    "translation": "fastlm.tasks.translation",
 }
 METRICS = "metrics.json"
 # What a fine-tuning run has where neither its config nor the command line says otherwise.
