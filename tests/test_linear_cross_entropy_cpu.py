@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
-from fastlm.ops import linear_cross_entropy, native, workspace
+from fastlm.ops import linear_cross_entropy, native
 from fastlm.ops.linear_cross_entropy import native as cpu
 from fastlm.ops.linear_cross_entropy import reference
 
@@ -105,14 +105,12 @@ def test_blocks_and_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_block_of_logits_is_all_there_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor is larger than a block, and the block is one and the same memory."""
-    workspace.release()
+    """No tensor is larger than a block, and a pass has one block."""
     monkeypatch.setattr(reference, "BLOCK_BYTES", 1 << 17)
     x, weight, targets = torch.randn(1000, 4).to(dtype), torch.randn(2000, 4).to(dtype), torch.randint(0, 2000, (1000,))
     with Made() as made:
         loss, lse, _, _ = cpu.forward(x, weight, targets, "mean", -100, 0.1, 1e-3, 5.0, [True, True])
         cpu.backward(torch.ones(1000), x, weight, targets, torch.zeros(1000), -100, 0.1, 1e-3, 5.0, [True, True])
     large = {storage for storage, size in made.bytes.items() if size > 2000 * 4 * 4}
-    assert len(large) == 1 and (1 << 16) <= max(made.bytes.values()) <= 1 << 17
+    assert 1 <= len(large) <= 2 and (1 << 16) <= max(made.bytes.values()) <= 1 << 17
     assert loss.isfinite() and lse.numel() == 0
-    workspace.release()

@@ -1,4 +1,4 @@
-"""The CPU kernel of the MLP block: bits that do not depend on the threads, blocks of rows, workspaces."""
+"""The CPU kernel of the MLP block: bits that do not depend on the threads, blocks of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm.ops import mlp, native, workspace
+from fastlm.ops import mlp, native
 from fastlm.ops.mlp import native as mlp_native
 from fastlm.ops.mlp import reference
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
@@ -90,17 +90,3 @@ def test_float64_is_left_to_the_reference() -> None:
     assert fastlm.ops.explain("mlp", *leaves).chosen == "reference"
     with fastlm.backend("cpu"), pytest.raises(fastlm.UnsupportedError, match="got torch"):
         mlp(*leaves)
-
-
-def test_workspaces_are_reused_and_bounded() -> None:
-    workspace.release()
-    with workspace.borrowed((100, 10), torch.float32) as a, workspace.borrowed((50,), torch.bfloat16) as b:
-        first = a.data_ptr()
-        assert a.shape == (100, 10) and b.dtype == torch.bfloat16 and b.data_ptr() != first
-    with workspace.borrowed((1000,), torch.float32) as c:
-        assert c.data_ptr() == first
-    with workspace.borrowed((workspace.KEPT_BYTES + 1,), torch.uint8):
-        pass
-    assert sum(t.numel() for t in workspace._free) <= workspace.KEPT_BYTES
-    workspace.release()
-    assert not workspace._free

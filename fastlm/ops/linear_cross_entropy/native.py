@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.linear_cross_entropy.reference import block_rows, check_targets
 from fastlm.ops.native import DTYPE_CODE
-from fastlm.ops.workspace import borrowed
 
 # In half precision dweight is summed in float32 beside the product, this many bytes of the vocabulary at a time.
 _SLICE_BYTES = 16 << 20
@@ -85,9 +84,10 @@ class _Work:
             self.index = None if counted.all() else counted.nonzero().squeeze(1)
         self.targets = self.gather(flat).contiguous()
         self.rows = self.gather(x.reshape(-1, x.shape[-1]))
-        self.dx = torch.empty(self.rows.shape if self.needs_dx else (0,))
-        make = torch.empty if len(self.targets) else torch.zeros
-        self.dweight = make(weight.shape if self.needs_dweight else (0,))
+        self.dx = memory.empty(self.rows.shape if self.needs_dx else (0,), torch.float32)
+        self.dweight = memory.empty(weight.shape if self.needs_dweight else (0,), torch.float32)
+        if not len(self.targets):
+            self.dweight.zero_()
 
     def gather(self, t: Tensor) -> Tensor:
         return t if self.index is None else t[self.index]
@@ -110,7 +110,8 @@ class _Work:
         wanted = self.needs_dx or self.needs_dweight
         if loss is None and not wanted:
             return
-        with borrowed((min(step, count), vocab), self.rows.dtype) as buffer, autocast_off(self.rows):
+        buffer = memory.empty((min(step, count), vocab), self.rows.dtype)
+        with autocast_off(self.rows):
             for start in range(0, count, step):
                 block = slice(start, min(start + step, count))
                 logits = torch.mm(self.rows[block], self.weight.T, out=buffer[: block.stop - start])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks, native
+from fastlm.ops import checks, memory, native
 from fastlm.ops.lstm.reference import weight_gradient
 from fastlm.ops.native import DTYPE_CODE, pointer
-from fastlm.ops.workspace import borrowed
 
 
 def unsupported(gates: Tensor, *rest: object) -> str | None:
@@ -27,12 +26,11 @@ def forward(gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor) -> tuple[Tens
         with checks.autocast_off(gates):
             gates = torch.addmm(gates[:, 0], h0, weight.T)
         weight_address = 0
-    y, cells = gates.new_empty(batch, steps, hidden), gates.new_empty(batch, steps, hidden)
-    activations = gates.new_empty(batch, steps, width)
-    with borrowed((native.C.lstm_forward_workspace(batch, hidden),), torch.float32) as workspace:
-        tensors = (gates, h0, c0, y, cells, activations, workspace)
-        addresses = [t.data_ptr() for t in tensors]
-        native.C.lstm_forward([*addresses[:3], weight_address, *addresses[3:]], batch, steps, hidden)
+    y, cells = (memory.empty((batch, steps, hidden), torch.float32) for _ in range(2))
+    activations = memory.empty((batch, steps, width), torch.float32)
+    workspace = memory.empty((native.C.lstm_forward_workspace(batch, hidden),), torch.float32)
+    addresses = [t.data_ptr() for t in (gates, h0, c0, y, cells, activations, workspace)]
+    native.C.lstm_forward([*addresses[:3], weight_address, *addresses[3:]], batch, steps, hidden)
     return y.to(dtype), cells, activations
 
 
@@ -49,11 +47,11 @@ def backward(
     dtype = dy.dtype
     batch, steps, hidden = cells.shape
     wide = [None if t is None else t.to(torch.float32).contiguous() for t in (dy, dc, c0, cells, activations, weight)]
-    dgates = torch.empty_like(activations)
+    dgates = memory.empty_like(activations)
     dh0, dc0 = cells.new_empty(batch, hidden), cells.new_empty(batch, hidden)
-    with borrowed((native.C.lstm_backward_workspace(batch, hidden),), torch.float32) as workspace:
-        addresses = [pointer(t) for t in (*wide, dgates, dh0, dc0, workspace)]
-        native.C.lstm_backward(addresses, batch, steps, hidden)
+    workspace = memory.empty((native.C.lstm_backward_workspace(batch, hidden),), torch.float32)
+    addresses = [pointer(t) for t in (*wide, dgates, dh0, dc0, workspace)]
+    native.C.lstm_backward(addresses, batch, steps, hidden)
     with checks.autocast_off(dy):
         dweight = weight_gradient(dgates, h0, y)
     return dgates.to(dtype), dh0.to(dtype), dc0.to(dtype), dweight.to(weight.dtype)

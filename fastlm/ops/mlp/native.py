@@ -6,17 +6,14 @@ bounded size, used again and again.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from fastlm.ops.native import DTYPE_CODE, pointer
-from fastlm.ops.workspace import borrowed
 
 CODE = {name: i for i, name in enumerate(ACTIVATIONS)}  # csrc/mlp/mlp.h
 
@@ -42,12 +39,13 @@ def linear_act_forward(
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
         hidden, pre = _small_forward(rows, weight, bias, activation, keep)
         return hidden.view(*x.shape[:-1], hidden.shape[1]), pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
-    hidden = x.new_empty((*x.shape[:-1], _hidden_width(wide, activation)))
+    hidden = memory.empty((*x.shape[:-1], _hidden_width(wide, activation)), x.dtype)
     flat = hidden.view(len(rows), hidden.shape[-1])
-    pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
-    for block in _blocks(len(rows), wide * x.element_size()):
-        with _pre_activation(pre if keep else None, rows, wide, block) as block_pre:
-            _activate(rows[block], weight, bias, block_pre, flat[block], activation)
+    pre = memory.empty((*x.shape[:-1], wide) if keep else (0,), x.dtype)
+    blocks = _blocks(len(rows), wide * x.element_size())
+    pres = pre.view(len(rows), wide) if keep else _scratch(blocks, wide, x.dtype)
+    for block in blocks:
+        _activate(rows[block], weight, bias, _part(pres, block), flat[block], activation)
     return hidden, pre
 
 
@@ -66,18 +64,20 @@ def mlp_forward(
         with autocast_off(x):
             y = F.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
         return y, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
-    y = x.new_empty((*x.shape[:-1], proj_weight.shape[0]))
+    y = memory.empty((*x.shape[:-1], proj_weight.shape[0]), x.dtype)
     flat = y.view(len(rows), y.shape[-1])
-    pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
-    for block in _blocks(len(rows), wide * x.element_size()):
-        shape = (block.stop - block.start, proj_weight.shape[1])
-        with _pre_activation(pre if keep else None, rows, wide, block) as block_pre, borrowed(shape, x.dtype) as hidden:
-            _activate(rows[block], fc_weight, fc_bias, block_pre, hidden, activation)
-            with autocast_off(x):
-                if proj_bias is None:
-                    torch.mm(hidden, proj_weight.T, out=flat[block])
-                else:
-                    torch.addmm(proj_bias, hidden, proj_weight.T, out=flat[block])
+    pre = memory.empty((*x.shape[:-1], wide) if keep else (0,), x.dtype)
+    blocks = _blocks(len(rows), wide * x.element_size())
+    pres = pre.view(len(rows), wide) if keep else _scratch(blocks, wide, x.dtype)
+    hiddens = _scratch(blocks, proj_weight.shape[1], x.dtype)
+    for block in blocks:
+        hidden = hiddens[: block.stop - block.start]
+        _activate(rows[block], fc_weight, fc_bias, _part(pres, block), hidden, activation)
+        with autocast_off(x):
+            if proj_bias is None:
+                torch.mm(hidden, proj_weight.T, out=flat[block])
+            else:
+                torch.addmm(proj_bias, hidden, proj_weight.T, out=flat[block])
     return y, pre
 
 
@@ -87,8 +87,10 @@ def linear_act_backward(
     dys, pres = dy.reshape(-1, dy.shape[-1]), pre.view(-1, weight.shape[0])
     blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
     gradients = _LinearGradients(x, weight, needs, len(blocks))
-    for block in blocks:
-        with borrowed(pres[block].shape, pre.dtype) as dpre, autocast_off(x):
+    dpres = _scratch(blocks, pres.shape[1], pre.dtype)
+    with autocast_off(x):
+        for block in blocks:
+            dpre = dpres[: block.stop - block.start]
             dbias = _activate_backward(pres[block], dys[block].contiguous(), dpre, None, activation, needs[2])
             gradients.add(block, dpre, dbias)
     return gradients.dx, gradients.dweight.result(), gradients.dbias()
@@ -107,17 +109,14 @@ def mlp_backward(
     blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
     fc = _LinearGradients(x, fc_weight, needs[:3], len(blocks))
     dproj_weight = _Sum(proj_weight, needs[3], len(blocks))
-    gated = activation in GATED
-    for block in blocks:
-        narrow, block_pre = (block.stop - block.start, proj_weight.shape[1]), pres[block]
-        with (
-            borrowed(narrow, pre.dtype) as dhidden,
-            borrowed(narrow, pre.dtype) as hidden,
-            borrowed(block_pre.shape, pre.dtype) if gated else nullcontext(dhidden) as dpre,
-            autocast_off(x),
-        ):
+    narrow = proj_weight.shape[1]
+    dhiddens, hiddens = _scratch(blocks, narrow, pre.dtype), _scratch(blocks, narrow, pre.dtype)
+    dpres = _scratch(blocks, pres.shape[1], pre.dtype) if activation in GATED else dhiddens
+    with autocast_off(x):
+        for block in blocks:
+            dhidden, hidden, dpre = (t[: block.stop - block.start] for t in (dhiddens, hiddens, dpres))
             torch.mm(dys[block], proj_weight, out=dhidden)
-            dbias = _activate_backward(block_pre, dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
+            dbias = _activate_backward(pres[block], dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
             dproj_weight.add(dys[block], hidden)
             fc.add(block, dpre, dbias)
     dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
@@ -135,11 +134,14 @@ def _hidden_width(pre_width: int, activation: str) -> int:
     return pre_width // 2 if activation in GATED else pre_width
 
 
-def _pre_activation(pre: Tensor | None, rows: Tensor, width: int, block: slice) -> AbstractContextManager[Tensor]:
-    """Where a block's pre-activation goes: into `pre`, or into a workspace where it is not kept."""
-    if pre is not None:
-        return nullcontext(pre.view(-1, width)[block])
-    return borrowed((block.stop - block.start, width), rows.dtype)
+def _scratch(blocks: list[slice], width: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the rows of one block, which all blocks use in turn."""
+    return memory.empty((max((b.stop - b.start for b in blocks), default=0), width), dtype)
+
+
+def _part(pres: Tensor, block: slice) -> Tensor:
+    """The block's rows of the pre-activation; where it is scratch of one block, from its beginning."""
+    return pres[block] if len(pres) >= block.stop else pres[: block.stop - block.start]
 
 
 def _small_forward(
@@ -196,8 +198,9 @@ class _Sum:
     def __init__(self, like: Tensor, wanted: bool, blocks: int) -> None:
         self.wanted, self.first, self.dtype = wanted, True, like.dtype
         dtype = like.dtype if blocks == 1 else torch.float32
-        make = torch.empty if blocks else torch.zeros
-        self.total = make(like.shape if wanted else (0,), dtype=dtype)
+        self.total = memory.empty(like.shape if wanted else (0,), dtype)
+        if not blocks:
+            self.total.zero_()
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if not self.wanted:
@@ -221,7 +224,7 @@ class _LinearGradients:
     def __init__(self, x: Tensor, weight: Tensor, needs: list[bool], blocks: int) -> None:
         self.needs_dx, _, self.needs_dbias = needs
         self.x, self.weight = x.reshape(-1, x.shape[-1]), weight
-        self.dx = x.new_empty(x.shape if self.needs_dx else 0)
+        self.dx = memory.empty(x.shape if self.needs_dx else (0,), x.dtype)
         self.dweight = _Sum(weight, needs[1], blocks)
         self.dbiases: list[Tensor] = []
 
