@@ -1,6 +1,6 @@
 """nanoGPT's CPU recipe, trained twice in one run, in turns: fastlm, and the same model in eager PyTorch.
 
-    python benchmarks/nanogpt.py ../shared/data/text/tinyshakespeare.txt --out docs/runs/nanogpt.json
+    python benchmarks/nanogpt.py ../shared/data/text/tinyshakespeare.txt --out docs/results/nanogpt.json
 
 4 layers, 4 heads, 128 wide, 64 characters, 12 windows a step, 2,000 steps, no dropout, nanoGPT's optimizer settings.
 Both begin with the same weights and see the same windows. The peer is a GPT-2 as nanoGPT writes it: nn.Linear,
