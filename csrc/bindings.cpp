@@ -24,6 +24,7 @@
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
+#include "optimizer/grad_norm.h"
 #include "rotary/rotary.h"
 #include "sampling/sample.h"
 
@@ -343,6 +344,32 @@ py::dict pool_state_dict() {
   return d;
 }
 
+// rows: the address of AdamWRow on the device. grad_scale_on_device: of a float there, or 0.
+void adamw_step_on_cuda(Address rows, int64_t count, int64_t chunks, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, int64_t step, float grad_scale, bool maximize, Address grad_scale_on_device,
+                        Address stream) {
+  check(step >= 1, "adamw: steps are counted from 1");
+  const AdamWStep s{lr, beta1, beta2, eps, weight_decay, step, grad_scale, maximize};
+  py::gil_scoped_release release;
+  adamw_step_cuda(at<AdamWRow>(rows), count, chunks, s, at<float>(grad_scale_on_device), at<void>(stream));
+}
+
+// `table`: four int64 a tensor, in the order of GradNormTensor. result: norm and scale.
+void grad_norm(const py::buffer& table, int64_t chunks, Address sums, float max_norm, Address result) {
+  const py::buffer_info info = table.request();
+  check(info.itemsize == 8 && info.size % 4 == 0, "grad_norm: wanted a buffer of 4 int64 a tensor");
+  py::gil_scoped_release release;
+  grad_norm_cpu(static_cast<const GradNormTensor*>(info.ptr), info.size / 4, chunks, at<double>(sums), max_norm,
+                at<float>(result), at<float>(result) + 1);
+}
+
+void grad_norm_on_cuda(Address tensors, int64_t count, int64_t chunks, Address sums, float max_norm, Address result,
+                       Address stream) {
+  py::gil_scoped_release release;
+  grad_norm_cuda(at<GradNormTensor>(tensors), count, chunks, at<double>(sums), max_norm, at<float>(result),
+                 at<float>(result) + 1, at<void>(stream));
+}
+
 py::dict build_info_dict() {
   const BuildInfo info = build_info();
   const auto or_none = [](const std::string& s) -> py::object { return s.empty() ? py::none() : py::object(py::str(s)); };
@@ -387,6 +414,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_backward", &embedding_backward);
   m.def("sample", &sample);
   m.def("adamw_step", &adamw_step);
+  m.def("adamw_step_cuda", &adamw_step_on_cuda);
+  m.def("grad_norm", &grad_norm);
+  m.def("grad_norm_cuda", &grad_norm_on_cuda);
 
   m.def("pooled_tensor", &pooled_tensor);
   m.def("pool_state", &pool_state_dict);

@@ -7,6 +7,8 @@
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
+#include "optimizer/adamw.h"
+#include "optimizer/grad_norm.h"
 #include "rotary/rotary.h"
 #include "sampling/sample.h"
 
@@ -32,5 +34,7 @@ void embedding_forward_cuda(const EmbeddingForward&, void*) { no_cuda(); }
 int64_t embedding_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }
 void embedding_backward_cuda(const EmbeddingBackward&, void*) { no_cuda(); }
 void sample_cuda(const Sample&, void*) { no_cuda(); }
+void adamw_step_cuda(const AdamWRow*, int64_t, int64_t, const AdamWStep&, const float*, void*) { no_cuda(); }
+void grad_norm_cuda(const GradNormTensor*, int64_t, int64_t, double*, float, float*, float*, void*) { no_cuda(); }
 
 }  // namespace fastlm

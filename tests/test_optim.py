@@ -15,7 +15,7 @@ from fastlm.ops import registry
 from fastlm.optim import AdamW
 from tests.op_suite import check
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "cpu", "emulator"]
 SHAPES = [(5, 7), (3,), (), (4096 + 17,), (2, 3, 8), (0, 4), (1,)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -391,6 +391,54 @@ def test_the_norm_does_not_depend_on_the_number_of_threads(numel: int) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
     torch.testing.assert_close(norms[0].double(), p.grad.double().norm(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_is_that_of_float64(backend: str, dtype: torch.dtype) -> None:
+    """Tensors of many sizes, more than a chunk and none, contiguous and not, at odd addresses."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3,), (0,), (4096,), (5, 1000), (4097,), (17,)]
+    tensors = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    tensors += [tensors[3].T, tensors[4][1:]]
+    with fastlm.backend("reference"):
+        norm, scale = ops.grad_norm([t.double() for t in tensors], 2.0)
+    ours = ops.grad_norm(tensors, 2.0)
+    torch.testing.assert_close(ours, (norm.float(), scale.float()), rtol=1e-6, atol=0)
+    again = ops.grad_norm(tensors, 2.0)
+    assert torch.equal(ours[0], again[0]) and torch.equal(ours[1], again[1])
+
+
+def test_the_cuda_step_is_the_cpus_to_the_bit() -> None:
+    results = []
+    for name in ("cpu", "emulator"):
+        reason = registry.unavailable(name)
+        if reason is not None:
+            pytest.skip(reason)
+        if "avx2" not in fastlm.ops.native.C.cpu_isas():
+            pytest.skip("without AVX2 a multiply-add of the CPU rounds twice")
+        params = parameters(torch.bfloat16)
+        with fastlm.backend(name):
+            train(AdamW(params, amsgrad=True, master_weights=True, lr=3e-2), range(3), grad_scale=0.37)
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_tensor_as_grad_scale(backend: str) -> None:
+    call = {"exp_avgs": [torch.zeros(9)], "exp_avg_sqs": [torch.zeros(9)], "step": 1, "lr": 0.1}
+    grads, results = [torch.arange(9.0)], []
+    for scale in (0.25, torch.tensor(0.25)):
+        p = torch.ones(9)
+        ops.adamw_(
+            [p],
+            grads,
+            **{k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in call.items()},
+            eps=1.0,
+            grad_scale=scale,
+        )
+        results.append(p)
+    assert torch.equal(*results) and not torch.equal(results[0], torch.ones(9))
+    with pytest.raises(ValueError, match=r"a tensor grad_scale must have one element .* got shape \(2,\)"):
+        ops.adamw_([torch.ones(9)], grads, **call, grad_scale=torch.ones(2))
 
 
 def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:

@@ -1,10 +1,9 @@
 // adamw.h on the CPU. All tensors are cut into blocks of equal length and the blocks are shared out among the threads,
 // so that many small tensors cost no more than one large one. Each element is computed on its own: the number of
 // threads cannot change the result.
-#include "optimizer/adamw.h"
+#include "optimizer/adamw_constants.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
 #include "common/error.h"
@@ -17,33 +16,8 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements; a block of float state and gradient is 64 KB
 constexpr int64_t kGrain = 8;     // blocks to a thread at the least: below, waking a thread costs more than it saves
 
-struct Constants {
-  float decay;      // 1 - lr weight_decay
-  float beta1, one_minus_beta1, beta2, one_minus_beta2;
-  float step_size;  // lr / (1 - beta1^step)
-  float v_scale;    // 1 / sqrt(1 - beta2^step)
-  float eps;
-  float grad_scale;
-};
-
-Constants constants_of(const AdamWStep& s) {
-  const double correction1 = 1.0 - std::pow(s.beta1, static_cast<double>(s.step));
-  const double correction2 = 1.0 - std::pow(s.beta2, static_cast<double>(s.step));
-  Constants c;
-  c.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);
-  c.beta1 = static_cast<float>(s.beta1);
-  c.one_minus_beta1 = static_cast<float>(1.0 - s.beta1);
-  c.beta2 = static_cast<float>(s.beta2);
-  c.one_minus_beta2 = static_cast<float>(1.0 - s.beta2);
-  c.step_size = static_cast<float>(s.lr / correction1);
-  c.v_scale = static_cast<float>(1.0 / std::sqrt(correction2));
-  c.eps = static_cast<float>(s.eps);
-  c.grad_scale = s.maximize ? -s.grad_scale : s.grad_scale;
-  return c;
-}
-
 template <class P, class G>
-void update(const AdamWTensor& t, const Constants& c, int64_t begin, int64_t end) {
+void update(const AdamWTensor& t, const AdamWConstants& c, int64_t begin, int64_t end) {
   P* param = static_cast<P*>(t.param);
   const G* grad = static_cast<const G*>(t.grad);
   bf16* shadow = static_cast<bf16*>(t.shadow);
@@ -72,7 +46,7 @@ void update(const AdamWTensor& t, const Constants& c, int64_t begin, int64_t end
 
 void adamw_step_cpu(const AdamWTensor* tensors, int64_t count, const AdamWStep& s) {
   check(s.step >= 1, "adamw: steps are counted from 1");
-  const Constants c = constants_of(s);
+  const AdamWConstants c = constants_of(s);
   const std::unique_ptr<int64_t[]> first(new int64_t[count + 1]);  // tensor k has the blocks first[k] .. first[k+1]-1
   first[0] = 0;
   for (int64_t k = 0; k < count; ++k) first[k + 1] = first[k] + (tensors[k].numel + kBlock - 1) / kBlock;

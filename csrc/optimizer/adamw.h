@@ -26,6 +26,24 @@ struct AdamWStep {
   bool maximize;
 };
 
+// The same as eleven int64, a row of the table on the device.
+struct AdamWRow {
+  void* param;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* max_exp_avg_sq;
+  void* shadow;
+  int64_t numel;
+  int64_t p_type, g_type;
+  int64_t first_chunk;  // chunks of the tensors before this one
+  int64_t vectors;      // every address is a multiple of 16
+};
+
 void adamw_step_cpu(const AdamWTensor* tensors, int64_t count, const AdamWStep& s);
+
+// `rows`, and grad_scale (a further factor; null: none), lie on the device.
+void adamw_step_cuda(const AdamWRow* rows, int64_t count, int64_t chunks, const AdamWStep& s, const float* grad_scale,
+                     void* stream);
 
 }  // namespace fastlm

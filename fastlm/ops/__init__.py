@@ -3,6 +3,7 @@
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
 from fastlm.ops.embedding import embedding
+from fastlm.ops.grad_norm import grad_norm
 from fastlm.ops.layer_norm import layer_norm, rms_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "embedding",
     "explain",
+    "grad_norm",
     "layer_norm",
     "linear",
     "linear_act",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ def on_cuda(t: Tensor) -> bool:
 def stream(t: Tensor) -> int:
     """The raw current CUDA stream of the tensor's device; 0 on the CPU."""
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0
+
+
+def on_its_device(t: Tensor) -> AbstractContextManager:
+    """Inside it the tensor's GPU is the current one, which kernels are launched on."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 @functools.cache

@@ -119,10 +119,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = float(grad_scale)
         calls = [call for group in self.param_groups for call in self._calls(group)]
         for group, step, batch in calls:
-            _step(group, step, batch, scale)
+            _step(group, step, batch, _on_device_of(batch[0][0], grad_scale))
         return loss
 
     def _calls(self, group: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int, _Batch]]:
@@ -156,7 +155,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
-def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float) -> None:
+def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | Tensor) -> None:
     states = [state for _, state in batch]
     beta1, beta2 = group["betas"]
     adamw_(
@@ -177,6 +176,13 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float) ->
     )
     for state in states:
         state["step"] += 1
+
+
+def _on_device_of(p: Tensor, grad_scale: float | Tensor) -> float | Tensor:
+    """A tensor stays on the GPU, where reading it would wait; elsewhere it is a number."""
+    if isinstance(grad_scale, Tensor) and p.is_cuda:
+        return grad_scale.to(p.device)
+    return float(grad_scale)
 
 
 def _zeros(p: Tensor) -> Tensor:

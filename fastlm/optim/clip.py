@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks
+from fastlm.ops.grad_norm import grad_norm
 
 
 class GradNorm(NamedTuple):
@@ -27,10 +27,11 @@ def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Gr
         norm, scale = fastlm.optim.clip_grad_norm(model.parameters(), 1.0)
         optimizer.step(grad_scale=scale)
 
-    The squares are summed in float32 (float64 for float64 gradients) in an order that does not depend on the number of
-    threads. The factor is that of torch.nn.utils.clip_grad_norm_, min(1, max_norm / (norm + 1e-6)). A NaN or infinite
-    gradient makes the factor NaN, and a step with it would spoil the parameters: test `norm.isfinite()` first where
-    that can happen. `max_norm` may be infinite: then only the norm is of interest, and the factor is 1.
+    Both stay on the gradients' device, and nothing waits for it. The squares are summed in float32 (float64 for float64
+    gradients) in an order that does not depend on the number of threads. The factor is that of
+    torch.nn.utils.clip_grad_norm_, min(1, max_norm / (norm + 1e-6)). A NaN or infinite gradient makes the factor NaN,
+    and a step with it would spoil the parameters: test `norm.isfinite()` first where that can happen. `max_norm` may be
+    infinite: then only the norm is of interest, and the factor is 1.
 
     Raises:
         ValueError: max_norm is not positive, or a gradient is sparse.
@@ -41,25 +42,7 @@ def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Gr
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return GradNorm(torch.zeros(()), torch.ones(()))
-    norms = [_norm(g) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return GradNorm(norm, torch.where(norm.isfinite(), scale, torch.full_like(scale, torch.nan)))
-
-
-# Each row of this many elements is summed by one thread, and a column of rows is too short for torch to share it out.
-# With one sum over a whole tensor, the threads would each take a part, and their number would decide the rounding.
-_ROW = 4096
-
-
-def _norm(g: Tensor) -> Tensor:
-    if g.layout != torch.strided:
-        raise ValueError(f"clip_grad_norm: a gradient of shape {tuple(g.shape)} is sparse ({g.layout})")
-    dtype = checks.statistics_dtype(g)
-    flat = g.reshape(-1)
-    while flat.numel() > _ROW:
-        whole = flat.numel() // _ROW * _ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
-        rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-        flat = torch.cat([rows, rest[None]])
-    return torch.linalg.vector_norm(flat, dtype=dtype)
+    for g in gradients:
+        if g.layout != torch.strided:
+            raise ValueError(f"clip_grad_norm: a gradient of shape {tuple(g.shape)} is sparse ({g.layout})")
+    return GradNorm(*grad_norm(gradients, max_norm))

@@ -15,8 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from fastlm.ops import native, registry
+from fastlm.ops.adamw import cuda as adamw
 from fastlm.ops.attention import native as attention
 from fastlm.ops.embedding import native as embedding
+from fastlm.ops.grad_norm import cuda as grad_norm
 from fastlm.ops.layer_norm import native as layer_norm
 from fastlm.ops.linear_cross_entropy import cuda as linear_cross_entropy
 from fastlm.ops.mlp import cuda as mlp
@@ -93,6 +95,12 @@ class Compiled:
     def activation_backward_cuda(self, *arguments: Any) -> None:
         module().activation_backward_cuda(*arguments)
 
+    def adamw_step_cuda(self, *arguments: Any) -> None:
+        module().adamw_step_cuda(*arguments)
+
+    def grad_norm_cuda(self, *arguments: Any) -> None:
+        module().grad_norm_cuda(*arguments)
+
     def sample(self, on_cuda: bool, *arguments: Any) -> None:
         module().sample(True, *arguments)
 
@@ -146,6 +154,8 @@ def register() -> None:
     registry.register_implementation("embedding", NAME, Emulated(embedding))
     for op in ("linear_act", "mlp"):
         registry.register_implementation(op, NAME, Emulated(mlp))
+    registry.register_implementation("adamw", NAME, Emulated(adamw))
+    registry.register_implementation("grad_norm", NAME, Emulated(grad_norm))
     registry.register_implementation("sample", NAME, Emulated(sample))
     registry.register_implementation("linear_cross_entropy", NAME, Emulated(linear_cross_entropy))
     registry.register_implementation("attention", NAME, Emulated(attention))

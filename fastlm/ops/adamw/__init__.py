@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, registry
-from fastlm.ops.adamw import native, reference
+from fastlm.ops.adamw import cuda, native, reference
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def adamw_(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     maximize: bool = False,
 ) -> None:
     """Update a list of parameters and their moments in place; `fastlm.optim.AdamW` is the optimizer around it.
@@ -49,7 +49,8 @@ def adamw_(
         masters: for each parameter a contiguous float32 copy that is updated in its place and then rounded into it,
             or None.
         step: the number of this step, counted from 1.
-        grad_scale: every gradient is multiplied by it first (clipping, loss scaling).
+        grad_scale: every gradient is multiplied by it first (clipping, loss scaling): a number, or a tensor of one
+            element on the parameters' device, which is not waited for.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit together.
@@ -91,7 +92,7 @@ def _prepare(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     maximize: bool = False,
 ) -> tuple:
     """Check the contract; the arguments of a backend's `step`."""
@@ -108,6 +109,11 @@ def _prepare(
     for name, tensors in lists.items():
         if len(tensors) != count:
             raise ValueError(f"adamw: {name} must hold one tensor for each of the {count} params, got {len(tensors)}")
+    if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != params[0].device):
+        raise ValueError(
+            f"adamw: a tensor grad_scale must have one element and be on {params[0].device} like the params,"
+            f" got shape {tuple(grad_scale.shape)} on {grad_scale.device}"
+        )
     if step < 1:
         raise ValueError(f"adamw: step is counted from 1, got {step}")
     for i, p in enumerate(params):
@@ -132,7 +138,7 @@ def _prepare(
         float(beta2),
         float(eps),
         float(weight_decay),
-        float(grad_scale),
+        grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
         bool(maximize),
     )
 
@@ -161,4 +167,4 @@ def _check_state(name: str, p: Tensor, t: Tensor | None, wide: torch.dtype) -> N
         raise ValueError(f"adamw: {name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}")
 
 
-registry.register("adamw", _prepare, reference=reference, cpu=native)
+registry.register("adamw", _prepare, reference=reference, cpu=native, cuda=cuda)

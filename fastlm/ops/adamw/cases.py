@@ -9,8 +9,8 @@ import torch
 from fastlm.ops.case import Case, Maker
 
 # The parameters of one GPT-2 124M block.
-_MATRICES = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
-_VECTORS = [(768,)] * 6 + [(2304,), (3072,)]
+MATRICES = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+VECTORS = [(768,)] * 6 + [(2304,), (3072,)]
 
 
 def eager_adamw_(params, grads, exp_avgs, exp_avg_sqs, *, step, lr, weight_decay):
@@ -26,7 +26,7 @@ def eager_adamw_(params, grads, exp_avgs, exp_avg_sqs, *, step, lr, weight_decay
 
 def _build(blocks: int) -> Callable[[Maker], dict]:
     def build(make: Maker) -> dict:
-        shapes = (_MATRICES + _VECTORS) * blocks
+        shapes = (MATRICES + VECTORS) * blocks
         wide = torch.float64 if make.dtype == torch.float64 else torch.float32
         return {
             "params": [make.randn(*s, scale=0.02) for s in shapes],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,55 @@ def unsupported(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -
     return None
 
 
+class Rows:
+    """What a kernel gets of each parameter, in packed memory: nine numbers in the order of csrc/optimizer/adamw.h."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        masters: Sequence[Tensor | None],
+    ) -> None:
+        self.rows: list[tuple[int, ...]] = []
+        self._kept: list[Tensor] = []  # their memory must outlive the call
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        for p, grad, m, v, v_max, master in zip(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, strict=True
+        ):
+            if not grad.is_contiguous():
+                grad = grad.contiguous()
+                self._kept.append(grad)
+            updated, shadow = (p, None) if master is None else (master, p)
+            # The kernel reads and writes packed memory, and its shadow copy is in bfloat16. Else: a second pass.
+            if not updated.is_contiguous():
+                updated = updated.contiguous()
+                self._copies.append((p, updated))
+            elif shadow is not None and (shadow.dtype != torch.bfloat16 or not shadow.is_contiguous()):
+                shadow = None
+                self._copies.append((p, updated))
+            self.rows.append(
+                (
+                    updated.data_ptr(),
+                    grad.data_ptr(),
+                    m.data_ptr(),
+                    v.data_ptr(),
+                    pointer(v_max),
+                    pointer(shadow),
+                    m.numel(),
+                    DTYPE_CODE[updated.dtype],
+                    DTYPE_CODE[grad.dtype],
+                )
+            )
+
+    def finish(self) -> None:
+        """Write to the parameters what the kernel could not write itself."""
+        for p, updated in self._copies:
+            p.copy_(updated)
+
+
 def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -33,37 +83,10 @@ def step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     maximize: bool,
 ) -> None:
-    table, kept, copies = array("q"), [], []
-    for p, grad, m, v, v_max, master in zip(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, strict=True
-    ):
-        if not grad.is_contiguous():
-            grad = grad.contiguous()
-            kept.append(grad)  # its memory must outlive the call
-        updated, shadow = (p, None) if master is None else (master, p)
-        # The kernel reads and writes packed memory, and its shadow copy is in bfloat16. Else: a second pass.
-        if not updated.is_contiguous():
-            updated = updated.contiguous()
-            copies.append((p, updated))
-        elif shadow is not None and (shadow.dtype != torch.bfloat16 or not shadow.is_contiguous()):
-            shadow = None
-            copies.append((p, updated))
-        table.extend(
-            (
-                updated.data_ptr(),
-                grad.data_ptr(),
-                m.data_ptr(),
-                v.data_ptr(),
-                pointer(v_max),
-                pointer(shadow),
-                m.numel(),
-                DTYPE_CODE[updated.dtype],
-                DTYPE_CODE[grad.dtype],
-            )
-        )
-    native.C.adamw_step(table, lr, beta1, beta2, eps, weight_decay, step, grad_scale, maximize)
-    for p, updated in copies:
-        p.copy_(updated)
+    rows = Rows(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
+    table = array("q", itertools.chain.from_iterable(rows.rows))
+    native.C.adamw_step(table, lr, beta1, beta2, eps, weight_decay, step, float(grad_scale), maximize)
+    rows.finish()

@@ -26,7 +26,7 @@ def step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     maximize: bool,
 ) -> None:
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
