@@ -24,13 +24,22 @@ void SharedMemory::reset(size_t dynamic_bytes) {
   if (data == nullptr) data = new_arena();
   if (async_view == nullptr) async_view = new_arena();
   // What the last block used of the arena, or may have overwritten without permission.
-  const size_t used = std::min(kArena, std::max(top, kSharedBase + dynamic_bytes) + 8192);
+  const size_t used = std::max(top, kSharedBase + dynamic_bytes);
   forbid(data, kArena);
-  fill_quietly(data, kPoison, used);
-  fill_quietly(async_view, kPoison, used);
+  poisoned = 0;
+  poison(used);
   allocations.clear();
   top = kSharedBase - kGuard;
   if (dynamic_bytes > 0) allocate(dynamic_bytes, 1024, nullptr);
+}
+
+// Up to `end` and a while beyond, where a write outside would show.
+void SharedMemory::poison(size_t end) {
+  end = std::min(kArena, end + 8192);
+  if (end <= poisoned) return;
+  fill_quietly(data + poisoned, kPoison, end - poisoned);
+  fill_quietly(async_view + poisoned, kPoison, end - poisoned);
+  poisoned = end;
 }
 
 void SharedMemory::retire() {
@@ -46,6 +55,7 @@ size_t SharedMemory::allocate(size_t bytes, size_t alignment, const void* tag) {
   alignment = std::max<size_t>(alignment, 16);
   const size_t offset = (top + kGuard + alignment - 1) / alignment * alignment;
   top = offset + bytes;
+  poison(top);
   allocations.push_back({offset, bytes, tag});
   allow(data + offset, bytes);
   return offset;

@@ -29,11 +29,13 @@ struct SharedMemory {
   // What TMA and wgmma see: they read through another path (the async proxy), to which a thread's ordinary writes are
   // invisible until fence.proxy.async.
   unsigned char* async_view = nullptr;
+  size_t poisoned = 0;  // bytes from the start that hold kPoison until they are written
   size_t top = 0;
   std::vector<Allocation> allocations;
 
   void reset(size_t dynamic_bytes);
   void retire();
+  void poison(size_t end);
   size_t allocate(size_t bytes, size_t alignment, const void* tag);
   bool holds(const void* p) const;
   bool inside_allocation(uint32_t address, size_t bytes) const;
