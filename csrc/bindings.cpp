@@ -8,6 +8,7 @@
 #include <array>
 
 #include "attention/attention.h"
+#include "attention/decode.h"
 #include "common/build_info.h"
 #include "common/cpu.h"
 #include "common/dlpack.h"
@@ -283,6 +284,19 @@ void embedding_backward(bool on_cuda, Address dy, Address keys, Address order, A
   on_cuda ? embedding_backward_cuda(p, at<void>(stream)) : embedding_backward_cpu(p);
 }
 
+// Addresses: q, k, v, lengths, table, alibi_slopes, out, workspace. Sizes: the strides (entry, row, head) of k and v, the batch
+// stride of alibi_slopes, B, T, H, H_kv, D, the capacity, pages, tokens of a page, the table's width, window.
+void decode_attention(bool on_cuda, const std::array<Address, 8>& address, const std::array<int64_t, 17>& size, float scale,
+                      float softcap, int type, Address stream) {
+  const DecodeAttention p{at<void>(address[0]),      at<void>(address[1]), at<void>(address[2]),
+                          {size[0], size[1], size[2]}, {size[3], size[4], size[5]}, at<int32_t>(address[3]),
+                          at<int32_t>(address[4]),   at<float>(address[5]), size[6], at<void>(address[6]),
+                          at<float>(address[7]),     size[7], size[8], size[9], size[10], size[11], size[12],
+                          size[13], size[14], size[15], size[16], scale, softcap, dtype(type)};
+  py::gil_scoped_release release;
+  on_cuda ? decode_attention_cuda(p, at<void>(stream)) : decode_attention_cpu(p);
+}
+
 void sample(bool on_cuda, Address logits, Address ids, Address rng_state, int64_t rows, int64_t vocabulary,
             int64_t stride, bool state_a_row, float temperature, int64_t top_k, double top_p, float log_min_p, int type,
             Address stream) {
@@ -412,6 +426,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_forward", &embedding_forward);
   m.def("embedding_backward_workspace", &embedding_backward_workspace);
   m.def("embedding_backward", &embedding_backward);
+  m.def("decode_attention", &decode_attention);
+  m.def("decode_attention_workspace", &decode_attention_workspace);
   m.def("sample", &sample);
   m.def("adamw_step", &adamw_step);
   m.def("adamw_step_cuda", &adamw_step_on_cuda);

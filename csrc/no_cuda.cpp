@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "attention/attention.h"
+#include "attention/decode.h"
 #include "common/build_info.h"
 #include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
@@ -36,5 +37,6 @@ void embedding_backward_cuda(const EmbeddingBackward&, void*) { no_cuda(); }
 void sample_cuda(const Sample&, void*) { no_cuda(); }
 void adamw_step_cuda(const AdamWRow*, int64_t, int64_t, const AdamWStep&, const float*, void*) { no_cuda(); }
 void grad_norm_cuda(const GradNormTensor*, int64_t, int64_t, double*, float, float*, float*, void*) { no_cuda(); }
+void decode_attention_cuda(const DecodeAttention&, void*) { no_cuda(); }
 
 }  // namespace fastlm

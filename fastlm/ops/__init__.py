@@ -2,6 +2,7 @@
 
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
+from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.embedding import embedding
 from fastlm.ops.grad_norm import grad_norm
 from fastlm.ops.layer_norm import layer_norm, rms_norm
@@ -16,6 +17,7 @@ from fastlm.ops.sample import sample
 __all__ = [
     "adamw_",
     "attention",
+    "decode_attention",
     "embedding",
     "explain",
     "grad_norm",

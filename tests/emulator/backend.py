@@ -17,6 +17,7 @@ from typing import Any
 from fastlm.ops import native, registry
 from fastlm.ops.adamw import cuda as adamw
 from fastlm.ops.attention import native as attention
+from fastlm.ops.decode_attention import native as decode_attention
 from fastlm.ops.embedding import native as embedding
 from fastlm.ops.grad_norm import cuda as grad_norm
 from fastlm.ops.layer_norm import native as layer_norm
@@ -101,6 +102,12 @@ class Compiled:
     def grad_norm_cuda(self, *arguments: Any) -> None:
         module().grad_norm_cuda(*arguments)
 
+    def decode_attention(self, on_cuda: bool, *arguments: Any) -> None:
+        module().decode_attention(True, *arguments)
+
+    def decode_attention_workspace(self, *arguments: Any) -> int:
+        return module().decode_attention_workspace(*arguments)
+
     def sample(self, on_cuda: bool, *arguments: Any) -> None:
         module().sample(True, *arguments)
 
@@ -156,6 +163,7 @@ def register() -> None:
         registry.register_implementation(op, NAME, Emulated(mlp))
     registry.register_implementation("adamw", NAME, Emulated(adamw))
     registry.register_implementation("grad_norm", NAME, Emulated(grad_norm))
+    registry.register_implementation("decode_attention", NAME, Emulated(decode_attention))
     registry.register_implementation("sample", NAME, Emulated(sample))
     registry.register_implementation("linear_cross_entropy", NAME, Emulated(linear_cross_entropy))
     registry.register_implementation("attention", NAME, Emulated(attention))

@@ -1,0 +1,75 @@
+"""Attention over a cache through fastlm._C: the C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import native
+from fastlm.ops.decode_attention.reference import capacity_of
+from fastlm.ops.native import DTYPE_CODE, pointer
+from fastlm.ops.workspace import borrowed
+
+
+def unsupported(q: Tensor, k_cache: Tensor, *rest: object) -> str | None:
+    if q.dtype not in DTYPE_CODE:
+        return f"its kernels are for float32, bfloat16 and float16, got {q.dtype}"
+    if native.on_cuda(q) and q.shape[3] > 256:
+        return f"its CUDA kernel is for head dims up to 256, got {q.shape[3]}"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    batch, rows, heads, width = q.shape
+    capacity = capacity_of(k_cache, block_table)
+    if capacity == 0 or q.numel() == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, cache_lengths = q.contiguous(), cache_lengths.contiguous()
+    block_table = None if block_table is None else block_table.contiguous()
+    k_cache, v_cache = (t if t.stride(3) == 1 else t.contiguous() for t in (k_cache, v_cache))
+    sizes = (
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+        batch,
+        rows,
+        heads,
+        k_cache.shape[2],
+        width,
+        capacity,
+        k_cache.shape[0],
+        k_cache.shape[1],
+        0 if block_table is None else block_table.shape[1],
+        window,
+    )
+
+    def run(workspace: Tensor) -> None:
+        tensors = (q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, out, workspace)
+        native.C.decode_attention(
+            native.on_cuda(q),
+            tuple(map(pointer, tensors)),
+            sizes,
+            scale,
+            softcap,
+            DTYPE_CODE[q.dtype],
+            native.stream(q),
+        )
+
+    floats = native.C.decode_attention_workspace(batch, rows, heads, width, capacity)
+    if q.is_cuda:
+        run(q.new_empty(floats, dtype=torch.float32))
+    else:
+        with borrowed((floats,), torch.float32) as workspace:
+            run(workspace)
+    return out
