@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import native, philox
+from fastlm.ops import memory, native, philox
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 MAX_CUDA_WIDTH = 256
@@ -41,7 +41,7 @@ def forward(
     batch, length, heads, width = q.shape
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     on_cuda, q, k, v = native.on_cuda(q), _rows(q), _rows(k), _rows(v)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = memory.empty_like(q)
     inputs = _inputs(
         q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p, max_seqlen
     )
@@ -74,7 +74,7 @@ def backward(
         dout = torch.zeros_like(out)
     dout = None if dout is None else _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dq, dk, dv = (memory.empty_like(t) for t in (q, k, v))
     out = _rows(out)
     workspace = lse.new_empty((2, *lse.shape)) if on_cuda else None
     inputs = _inputs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 
@@ -44,7 +44,7 @@ def _turn(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = [t if t is None or t.stride(3) == 1 else t.contiguous() for t in (q, k)]
-    out = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k)]
+    out = [None if t is None else memory.empty_like(t) for t in (q, k)]
     _run(rows, out, cos, sin, positions, interleaved, inverse)
     first, second = (cos.new_empty(0) if t is None else t for t in out)
     return first, second
