@@ -33,28 +33,28 @@ struct Fragment<float> {
 // c += a b, where b is columns 8 kHalf to 8 kHalf + 7 of the fragment.
 template <int kHalf>
 FASTLM_DEVICE void multiply(float (&c)[4], const Fragment<__nv_bfloat16>& a, const Fragment<__nv_bfloat16>& b) {
-  ptx::mma_bf16(c, a.r, b.r[kHalf], b.r[kHalf + 2]);
+  ptx::mma_bf16(c, a.r, b.r[2 * kHalf], b.r[2 * kHalf + 1]);
 }
 template <int kHalf>
 FASTLM_DEVICE void multiply(float (&c)[4], const Fragment<__half>& a, const Fragment<__half>& b) {
-  ptx::mma_f16(c, a.r, b.r[kHalf], b.r[kHalf + 2]);
+  ptx::mma_f16(c, a.r, b.r[2 * kHalf], b.r[2 * kHalf + 1]);
 }
 // The product of the two low parts is below float32's resolution. The sum of eight products is taken apart and added in
 // float32: the tensor core truncates where it adds, and over a long k that would show.
 template <int kHalf>
 FASTLM_DEVICE void multiply(float (&c)[4], const Fragment<float>& a, const Fragment<float>& b) {
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  ptx::mma_tf32(sum, a.low, b.r[kHalf], b.r[kHalf + 2]);
-  ptx::mma_tf32(sum, a.r, b.low[kHalf], b.low[kHalf + 2]);
-  ptx::mma_tf32(sum, a.r, b.r[kHalf], b.r[kHalf + 2]);
+  ptx::mma_tf32(sum, a.low, b.r[2 * kHalf], b.r[2 * kHalf + 1]);
+  ptx::mma_tf32(sum, a.r, b.low[2 * kHalf], b.low[2 * kHalf + 1]);
+  ptx::mma_tf32(sum, a.r, b.r[2 * kHalf], b.r[2 * kHalf + 1]);
 #pragma unroll
   for (int i = 0; i < 4; i++) c[i] += sum[i];
 }
 
 template <class T, int kM, int kN, bool kTransposedA, bool kTransposedB, bool kAligned>
 struct MainLoop {
-  using TileA = OperandTile<T, kM, kTransposedA>;
-  using TileB = OperandTile<T, kN, kTransposedB>;
+  using TileA = OperandTile<T, kM, kTransposedA, false>;
+  using TileB = OperandTile<T, kN, kTransposedB, true>;
   using LoaderA = OperandLoader<T, kM, kTransposedA, kAligned>;
   using LoaderB = OperandLoader<T, kN, kTransposedB, kAligned>;
 
@@ -97,16 +97,16 @@ struct MainLoop {
     const uint32_t address = ptx::shared_address(shared);
     const int lane_a = TileA::lane_offset(warp_row(), threadIdx.x % 32);
     const int lane_b = TileA::kBytes + TileB::lane_offset(warp_col(), threadIdx.x % 32);
-    auto copy = [&](int stage, int64_t left) {
-      const int at = stage * kStageBytes;
+    auto copy = [&](unsigned stage, int64_t left) {
+      const unsigned at = stage * kStageBytes;
       if (left > 0) {
         load_a.copy(shared + at, address + at, left);
         load_b.copy(shared + at + TileA::kBytes, address + at + TileA::kBytes, left);
       }
       ptx::cp_async_commit();
     };
-    auto load = [&](Fragments& f, int stage, int step) {
-      const int at = stage * kStageBytes;
+    auto load = [&](Fragments& f, unsigned stage, int step) {
+      const unsigned at = stage * kStageBytes;
 #pragma unroll
       for (int i = 0; i < kFragmentsM; i++) TileA::fragment(f.a[i].r, shared + at, address + at, lane_a, i, step);
 #pragma unroll
@@ -121,7 +121,7 @@ struct MainLoop {
     load(f[0], 0, 0);
     Accumulators part = {};
     Accumulators& sum = kParts ? part : c;
-    int stage = 0;
+    unsigned stage = 0;
     int64_t next = (kGemmStages - 1) * kDepth<T>;  // where the next copy begins
 #pragma unroll 1
     for (int64_t at = 0; at < k; at += kDepth<T>) {

@@ -20,7 +20,7 @@ constexpr int kChunk = 16;
 template <class T>
 constexpr int kDepth = kStageRow / static_cast<int>(sizeof(T));  // elements of k in a stage
 
-template <class T, int kSize, bool kTransposed>
+template <class T, int kSize, bool kTransposed, bool kIsB>
 struct OperandTile {
   static constexpr int kBytes = kSize * kStageRow;
   static constexpr int kRowBytes = kTransposed ? kSize * static_cast<int>(sizeof(T)) : kStageRow;
@@ -31,21 +31,26 @@ struct OperandTile {
     return row * kRowBytes + (chunk ^ permutation) * kChunk;
   }
 
-  // Where a lane reads the first fragment of rows `row` and up (a multiple of 32); see fragment().
+  // A fragment is 16 rows by one step of k, in four 8x8 matrices of 16-bit elements, or 8x4 of float32 ones: a register of
+  // mma.sync each. Where matrix i lies: A has the two of the first half of k before the others, B those of the first rows,
+  // so that two neighbouring registers are the operand of eight of the product's columns.
+  static FASTLM_DEVICE int row_half(int i) { return kIsB ? i / 2 : i % 2; }
+  static FASTLM_DEVICE int k_half(int i) { return kIsB ? i % 2 : i / 2; }
+
+  // Where a lane reads the first fragment of rows `row` and up (a multiple of 32).
   static FASTLM_DEVICE int lane_offset(int row, int lane) {
+    const int i = lane / 8;
     if constexpr (!kTransposed) {
-      return offset(row + lane % 16, lane / 16);
+      return offset(row + lane % 8 + 8 * row_half(i), k_half(i));
     } else if constexpr (sizeof(T) == 2) {
-      return offset(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
+      return offset(lane % 8 + 8 * k_half(i), row / 8 + row_half(i));
     } else {
       return offset(lane % 4, (row + lane / 4) / 4) + lane / 4 % 4 * 4;
     }
   }
 
-  // Fragment `i` of 16 rows, at step `step` of the stage: 8x8 matrices of 16-bit elements, or 8x4 of float32 ones, in the
-  // order (rows 0-7, first half of the step's k), (rows 8-15, first half), then the second half: the A operand of mma.sync.
-  // As B operand, registers 0 and 2 are columns 0-7, registers 1 and 3 columns 8-15. The permutation makes every step in
-  // k or in i an exclusive or of bits that the lane's own offset leaves zero.
+  // Fragment number `i` of 16 rows, at step `step` of the stage. The permutation makes every step in k, or in i, an
+  // exclusive or of bits that the lane's own offset leaves zero.
   static FASTLM_DEVICE void fragment(uint32_t (&r)[4], const unsigned char* shared, uint32_t address, int lane_offset, int i,
                                      int step) {
     if constexpr (!kTransposed) {
@@ -55,7 +60,7 @@ struct OperandTile {
     } else {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int at = (lane_offset ^ (i * 64 + j % 2 * 32)) + (step * 8 + j / 2 * 4) * kRowBytes;
+        const int at = (lane_offset ^ (i * 64 + row_half(j) * 32)) + (step * 8 + k_half(j) * 4) * kRowBytes;
         r[j] = *reinterpret_cast<const uint32_t*>(shared + at);
       }
     }
@@ -66,10 +71,11 @@ struct OperandTile {
 // kPass rows of the tile apart.
 template <class T, int kSize, bool kTransposed, bool kAligned>
 class OperandLoader {
-  using Tile = OperandTile<T, kSize, kTransposed>;
+  using Tile = OperandTile<T, kSize, kTransposed, false>;
   static constexpr int kCopies = Tile::kBytes / kChunk / kGemmThreads;
   static constexpr int kPass = kGemmThreads / Tile::kChunks;
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
+  static_assert(kPass % 8 == 0, "all copies of a thread have the same permutation");
 
  public:
   // Tile rows 0 to half - 1 are matrix rows `first` and up, as far as there are `count` of them; the other rows of the
@@ -78,7 +84,9 @@ class OperandLoader {
       : row_(threadIdx.x / Tile::kChunks), chunk_(threadIdx.x % Tile::kChunks * kElements), half_(half), stride_(p.stride) {
     const int64_t left = count - first;
     left_ = left < half ? static_cast<int>(left) : half;
+    whole_ = !kTransposed || left_ % kElements == 0;
     jump_ = count - half;
+    to_ = Tile::offset(row_, chunk_ / kElements);
     const T* data = static_cast<const T*>(p.data);
     if constexpr (kTransposed) {
       const bool second = chunk_ >= half;
@@ -91,36 +99,48 @@ class OperandLoader {
 
   // Starts the copy of the next tile, of which `left` elements of k exist; the rest is zero.
   FASTLM_DEVICE void copy(unsigned char* shared, uint32_t address, int64_t left) {
-    const int depth = left < kDepth<T> ? static_cast<int>(left) : kDepth<T>;
-#pragma unroll
-    for (int i = 0; i < kCopies; i++) {
-      const int row = row_ + i * kPass;
-      const int to = Tile::offset(row, chunk_ / kElements);
-      const T* from = from_ + i * (kPass * stride_);
-      int present;  // elements of the chunk; where there is none, nothing is read
-      if constexpr (kTransposed) {
-        present = row < depth ? left_ : 0;
-      } else {
-        const bool second = i * kPass >= half_;
-        if (second) from += jump_ * stride_;
-        present = row - (second ? half_ : 0) < left_ ? max(0, min(kElements, depth - chunk_)) : 0;
-      }
-      if constexpr (kAligned) {
-        ptx::cp_async_16(address + to, from, present * static_cast<int>(sizeof(T)));
-      } else {
-        alignas(16) T v[kElements];
-#pragma unroll
-        for (int j = 0; j < kElements; j++) v[j] = j < present ? from[j] : from_float<T>(0.0f);
-        *reinterpret_cast<uint4*>(shared + to) = *reinterpret_cast<const uint4*>(v);
-      }
+    if (kAligned && whole_ && left >= kDepth<T>) {
+      copy_chunks([&](int to, const T* from, bool inside, int) { ptx::cp_async_16_if(inside, address + to, from); });
+    } else {
+      const int depth = left < kDepth<T> ? static_cast<int>(left) : kDepth<T>;
+      copy_chunks([&](int to, const T* from, bool inside, int row) {
+        const int present = !inside ? 0 : kTransposed ? (row < depth ? left_ : 0) : max(0, min(kElements, depth - chunk_));
+        copy_some(shared + to, address + to, from, present);
+      });
     }
     from_ += kTransposed ? kDepth<T> * stride_ : kDepth<T>;
   }
 
  private:
+  // copy(place in the tile, source, whether anything of it is inside the matrix, row of the tile) for the thread's chunks
+  template <class Copy>
+  FASTLM_DEVICE void copy_chunks(Copy copy) {
+#pragma unroll
+    for (int i = 0; i < kCopies; i++) {
+      const bool second = !kTransposed && i * kPass >= half_;
+      const int row = row_ + i * kPass;
+      const T* from = from_ + i * (kPass * stride_) + (second ? jump_ * stride_ : 0);
+      copy(to_ + i * kPass * Tile::kRowBytes, from, kTransposed ? left_ > 0 : row - (second ? half_ : 0) < left_, row);
+    }
+  }
+
+  // `present` elements of a chunk, and zeros.
+  static FASTLM_DEVICE void copy_some(unsigned char* shared, uint32_t address, const T* from, int present) {
+    if constexpr (kAligned) {
+      ptx::cp_async_16(address, from, present * static_cast<int>(sizeof(T)));
+    } else {
+      alignas(16) T v[kElements];
+#pragma unroll
+      for (int j = 0; j < kElements; j++) v[j] = j < present ? from[j] : from_float<T>(0.0f);
+      *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(v);
+    }
+  }
+
   const int row_, chunk_;  // of this thread's first chunk: row of the tile, element in the row
+  int to_;                 // where it lies in the tile
   const int half_;
   int left_;               // rows of m or n that exist from `first` on, of one half; transposed: elements of the chunk
+  bool whole_;             // no chunk of the tile ends outside the matrix, but for its rows' ends along k
   int64_t jump_;           // rows from the end of the first half to the second
   const int64_t stride_;
   const T* from_;

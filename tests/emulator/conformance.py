@@ -190,6 +190,9 @@ def sm80_examples() -> Iterator[Example]:
     for i in range(32):
         rows[i, i % 17 :] = 0
     yield Example("cp_async_16_partly", v, rows[::-1].copy().view(np.uint32).reshape(-1))
+    some = v.copy().reshape(32, 4)
+    some[::3] = 0
+    yield Example("cp_async_16_if", v, some[::-1].reshape(-1))
     small = v.copy().reshape(64, 2)
     small[32::2, 0] = 0
     yield Example("cp_async_small", v, np.concatenate([small[:32][::-1], small[32:][::-1]]).reshape(-1))

@@ -17,6 +17,17 @@ FASTLM_DEVICE void cp_async_16(uint32_t to, const void* from, int present = 16 F
 #endif
 }
 
+// 16 bytes, or, where there are none, 16 zeros. Fewer instructions than a number of bytes takes.
+FASTLM_DEVICE void cp_async_16_if(bool present, uint32_t to, const void* from FASTLM_AND_SITE) {
+#ifdef __CUDACC__
+  asm volatile("{\n.reg .pred ignore;\nsetp.eq.u32 ignore, %2, 0;\n"
+               "cp.async.cg.shared.global [%0], [%1], 16, ignore;\n}" ::"r"(to), "l"(from), "r"(static_cast<uint32_t>(present))
+               : "memory");
+#else
+  emulator::cp_async(to, from, 16, present ? 16 : 0, site);
+#endif
+}
+
 // 4 or 8 bytes, aligned to their size, through L1.
 template <int kBytes>
 FASTLM_DEVICE void cp_async_small(uint32_t to, const void* from, int present = kBytes FASTLM_AND_SITE) {

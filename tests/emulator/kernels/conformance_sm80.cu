@@ -83,6 +83,17 @@ __global__ void copy_partly(const uint32_t* in, uint32_t* out) {
 }
 HARNESS_CASE("cp_async_16_partly", copy_partly, 1, 32, 0, 128, 128);
 
+// Every third lane gets zeros.
+__global__ void copy_if(const uint32_t* in, uint32_t* out) {
+  FASTLM_SHARED(uint4, s, 32);
+  const int l = threadIdx.x;
+  ptx::cp_async_16_if(l % 3 != 0, ptx::shared_address(s + l), in + 4 * l);
+  ptx::cp_async_wait_all();
+  __syncthreads();
+  reinterpret_cast<uint4*>(out)[l] = s[31 - l];
+}
+HARNESS_CASE("cp_async_16_if", copy_if, 1, 32, 0, 128, 128);
+
 __global__ void copy_small(const uint32_t* in, uint32_t* out) {
   FASTLM_SHARED(uint2, s, 64);
   const int l = threadIdx.x;
