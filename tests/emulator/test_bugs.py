@@ -270,7 +270,7 @@ def test_right_kernels_are_clean(
 
 
 # Programs of small cases (kernels/sanitize_<name>.cpp), and the folders of csrc whose kernels they run.
-OPS = {"layer_norm": ["layer_norm"], "gemm": ["gemm", "cross_entropy"]}
+OPS = {"layer_norm": ["layer_norm"], "attention": ["attention"], "gemm": ["gemm", "cross_entropy"]}
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "random"])
