@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.decode_attention.reference import capacity_of
 from fastlm.ops.native import DTYPE_CODE, pointer
-from fastlm.ops.workspace import borrowed
 
 
 def unsupported(q: Tensor, k_cache: Tensor, *rest: object) -> str | None:
@@ -67,9 +66,5 @@ def forward(
         )
 
     floats = native.C.decode_attention_workspace(batch, rows, heads, width, capacity)
-    if q.is_cuda:
-        run(q.new_empty(floats, dtype=torch.float32))
-    else:
-        with borrowed((floats,), torch.float32) as workspace:
-            run(workspace)
+    run(q.new_empty(floats, dtype=torch.float32) if q.is_cuda else memory.empty((floats,), torch.float32))
     return out
