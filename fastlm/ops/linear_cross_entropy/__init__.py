@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.linear_cross_entropy import cuda, native, reference
+from fastlm.ops.linear_cross_entropy import cuda, native, reference, triton
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -193,4 +193,4 @@ _backward = library.define(
     _backward_fake,
 )
 
-registry.register("linear_cross_entropy", _prepare, reference=reference, cpu=native, cuda=cuda)
+registry.register("linear_cross_entropy", _prepare, reference=reference, cpu=native, cuda=cuda, triton=triton)

@@ -46,6 +46,7 @@ def _case(
     layout: str = "",
     scale: float = 1.0,
     bench: bool = False,
+    traits: tuple[str, ...] = (),
     **options: Any,
 ) -> Case:
     """`ignored`: "some" of the targets or "all"; `scale`: that of the logits."""
@@ -66,7 +67,7 @@ def _case(
             targets.view(-1)[::every] = options.get("ignore_index", -100)
         return {"x": x, "weight": weight, "targets": targets, **options}
 
-    return Case("linear_cross_entropy", name, build, eager_linear_cross_entropy, bench)
+    return Case("linear_cross_entropy", name, build, eager_linear_cross_entropy, bench, frozenset(traits))
 
 
 _EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
@@ -88,8 +89,8 @@ CASES = [
     _case("one-row", (40,), 131),
     _case("one-class", (5, 16), 1),
     _case("odd", (13, 29), 1003),
-    _case("large-vocabulary", (33, 8), 20011, "some"),
-    _case("many-rows", (4500, 8), 11, "some"),
+    _case("large-vocabulary", (33, 8), 20011, "some", traits=("large",)),
+    _case("many-rows", (4500, 8), 11, "some", traits=("large",)),
     _case("empty-batch", (2, 0, 16), 33, reduction="sum"),
     _case("empty-batch-none", (0, 16), 33, reduction="none"),
     _case("sliced", (6, 40), 99, layout="sliced"),

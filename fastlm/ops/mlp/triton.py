@@ -61,9 +61,9 @@ def linear_act_forward(
         return hidden, computed.view(pre.shape) if keep else pre
     a, b, b_rows = _operands(rows, weight)
     k = a.shape[1]
-    described = gemm.can_describe(architecture(x.device), a, b)
-    config = LINEAR_ACT.config(x.device, (gemm.height(m), 2 if gated else 1, described))
-    bm, bn, bk = config["BM"], config["BN"], config["BK"]
+    reading = gemm.reading(architecture(x.device), a, b)
+    config = LINEAR_ACT.config(x.device, (gemm.height(m), 4 if gated else 2, reading))
+    bm, bn, bk, described = config["BM"], config["BN"], config["BK"], config["TMA"]
     LINEAR_ACT(
         config,
         gemm.grid(config, m, n),
@@ -172,10 +172,10 @@ def _fused_backward(
     (m, k), n = a.shape, proj_weight.shape[1]
     dpre = torch.empty_like(pre)
     hidden = pre.new_empty((m, n) if needs_hidden else 0)
-    described = gemm.can_describe(architecture(pre.device), a, b)
-    # The epilogue holds the gradient, one or two pre-activations and what is made of them.
-    config = LINEAR_ACT_BACKWARD.config(pre.device, (gemm.height(m), 2, described))
-    bm, bn, bk = config["BM"], config["BN"], config["BK"]
+    reading = gemm.reading(architecture(pre.device), a, b)
+    # The epilogue holds the gradient, one or two pre-activations and what is made of them; erf takes most registers.
+    config = LINEAR_ACT_BACKWARD.config(pre.device, (gemm.height(m), 8 if activation == "geglu" else 4, reading))
+    bm, bn, bk, described = config["BM"], config["BN"], config["BK"], config["TMA"]
     partial = pre.new_empty((1, cdiv(m, bm), wide), dtype=torch.float32) if needs_dbias else None
     LINEAR_ACT_BACKWARD(
         config,

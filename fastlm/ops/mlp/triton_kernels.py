@@ -70,50 +70,68 @@ def linear_act(
     total, gated = product(
         x, weight, tile_m, tile_n, N, M, N, K, x_stride, weight_stride, True, B_ROWS, GATED, EVEN, TMA, BM, BN, BK
     )
-    m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    inside = (m < M)[:, None] & (n < N)[None, :]
+    row, column = tl.arange(0, BM), tl.arange(0, BN)
+    first_m, n = tile_m.to(tl.int64) * BM, tile_n * BN + column
+    inside = (first_m + row < M)[:, None] & (n < N)[None, :]
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if GATED:
             gated += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if pre is not None:
-        place = pre + m[:, None] * (2 * N if GATED else N) + n[None, :]
+        width = 2 * N if GATED else N
+        place = pre + first_m * width + tile_n * BN + (row[:, None] * width + column[None, :])
         tl.store(place, total.to(pre.dtype.element_ty), mask=inside)
         if GATED:
             tl.store(place + N, gated.to(pre.dtype.element_ty), mask=inside)
     result = activate(total, ACTIVATION)
     if GATED:
         result *= gated
-    tl.store(hidden + m[:, None] * N + n[None, :], result.to(hidden.dtype.element_ty), mask=inside)
+    place = hidden + first_m * N + tile_n * BN + (row[:, None] * N + column[None, :])
+    tl.store(place, result.to(hidden.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _finish_backward(
-    dhidden, pre, dpre, hidden, partial, m, n, part, M, N, GATED: tl.constexpr, ACTIVATION: tl.constexpr
+    dhidden,
+    pre,
+    dpre,
+    hidden,
+    partial,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
     """From a tile of the activation's gradient: that of the pre-activation, its column sums, the activation again."""
-    inside = (m < M)[:, None] & (n < N)[None, :]
+    row, column = tl.arange(0, BM), tl.arange(0, BN)
+    first_m, n = tile_m.to(tl.int64) * BM, tile_n * BN + column
+    inside = (first_m + row < M)[:, None] & (n < N)[None, :]
     width = 2 * N if GATED else N
-    place = m[:, None] * width + n[None, :]
-    h = tl.load(pre + place, mask=inside, other=0.0).to(tl.float32)
+    start = first_m * width + tile_n * BN  # 64 bits for the tile, 32 within it
+    place = row[:, None] * width + column[None, :]
+    hidden_place = first_m * N + tile_n * BN + (row[:, None] * N + column[None, :])
+    partial_place = tile_m.to(tl.int64) * width + n
+    h = tl.load(pre + start + place, mask=inside, other=0.0).to(tl.float32)
     dgate = dhidden * slope(h, ACTIVATION)
     if GATED:
-        up = tl.load(pre + place + N, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre + (start + N) + place, mask=inside, other=0.0).to(tl.float32)
         act = activate(h, ACTIVATION)
         dgate *= up
         dup = tl.where(inside, dhidden * act, 0.0)
-        tl.store(dpre + place + N, dup.to(dpre.dtype.element_ty), mask=inside)
+        tl.store(dpre + (start + N) + place, dup.to(dpre.dtype.element_ty), mask=inside)
         if partial is not None:
-            tl.store(partial + part * width + N + n, tl.sum(dup, axis=0), mask=n < N)
+            tl.store(partial + N + partial_place, tl.sum(dup, axis=0), mask=n < N)
         if hidden is not None:
-            tl.store(hidden + m[:, None] * N + n[None, :], (act * up).to(hidden.dtype.element_ty), mask=inside)
+            tl.store(hidden + hidden_place, (act * up).to(hidden.dtype.element_ty), mask=inside)
     elif hidden is not None:
-        act = activate(h, ACTIVATION)
-        tl.store(hidden + m[:, None] * N + n[None, :], act.to(hidden.dtype.element_ty), mask=inside)
-    tl.store(dpre + place, dgate.to(dpre.dtype.element_ty), mask=inside)
+        tl.store(hidden + hidden_place, activate(h, ACTIVATION).to(hidden.dtype.element_ty), mask=inside)
+    tl.store(dpre + start + place, dgate.to(dpre.dtype.element_ty), mask=inside)
     if partial is not None:
-        tl.store(partial + part * width + n, tl.sum(tl.where(inside, dgate, 0.0), axis=0), mask=n < N)
+        tl.store(partial + partial_place, tl.sum(tl.where(inside, dgate, 0.0), axis=0), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -143,9 +161,7 @@ def linear_act_backward(
     dhidden, _ = product(
         dy, weight, tile_m, tile_n, N, M, N, K, dy_stride, weight_stride, True, B_ROWS, False, EVEN, TMA, BM, BN, BK
     )
-    m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    _finish_backward(dhidden, pre, dpre, hidden, partial, m, n, tile_m.to(tl.int64), M, N, GATED, ACTIVATION)
+    _finish_backward(dhidden, pre, dpre, hidden, partial, tile_m, tile_n, M, N, GATED, ACTIVATION, BM, BN)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -184,9 +200,9 @@ def act_backward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    part = tl.program_id(0).to(tl.int64)
-    m = part * BM + tl.arange(0, BM)
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < M)[:, None] & (n < N)[None, :]
     upstream = tl.load(dhidden + m[:, None] * dhidden_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    _finish_backward(upstream, pre, dpre, hidden, partial, m, n, part, M, N, GATED, ACTIVATION)
+    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
+    _finish_backward(upstream, pre, dpre, hidden, partial, tile_m, tile_n, M, N, GATED, ACTIVATION, BM, BN)

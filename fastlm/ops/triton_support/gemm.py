@@ -16,7 +16,7 @@ from fastlm.ops.triton_support.sizes import cdiv
 # Hopper and Blackwell: tiles of 64 along k are one swizzled row of 128 bytes of the TMA. 8.6, 8.9, 12.x: 99 KB.
 # gfx942: 64 KB, and its matrix instructions want four waves.
 _TILES: dict[str, Sequence[tuple[int, int, int, int, int]]] = {
-    "sm_80": ((128, 128, 32, 4, 4), (128, 256, 32, 8, 3)),
+    "sm_80": ((128, 128, 32, 8, 3), (128, 64, 32, 4, 4)),
     "sm_86": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3)),
     "sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
     "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
@@ -30,6 +30,9 @@ _LOW: dict[str, Sequence[tuple[int, int, int, int, int]]] = {
     "sm_100": ((16, 64, 128, 4, 4),),
     "gfx942": ((16, 64, 128, 4, 2),),
 }
+# Matrices whose rows do not start at multiples of 16 bytes are read element by element, with an address for each: small
+# tiles, or the addresses alone fill the registers.
+_ODD = (64, 64, 32, 8, 2)
 # Up to a few hundred rows: smaller tiles, so that there are enough of them for all multiprocessors.
 _MIDDLE: dict[str, Sequence[tuple[int, int, int, int, int]]] = {
     "sm_80": ((64, 64, 64, 4, 4), (64, 128, 32, 4, 4)),
@@ -46,18 +49,19 @@ def height(rows: int) -> str:
 
 
 @functools.cache
-def tiles(arch: str, problem: tuple) -> tuple[Config, ...]:
-    """The candidates of a kernel; problem = (height, outputs: how many tiles of a program's registers, descriptors)."""
-    rows, outputs, descriptors = problem
+def tiles(arch: str, problem: tuple[str, int, str]) -> tuple[Config, ...]:
+    """The candidates; problem = (height, outputs: how many tiles a program holds in registers, how it reads)."""
+    rows, outputs, reading = problem
     found = []
-    for bm, bn, bk, warps, stages in {"low": _LOW, "middle": _MIDDLE, "high": _TILES}[rows][arch]:
+    table = {"low": _LOW, "middle": _MIDDLE, "high": _TILES}[rows][arch] if reading != "odd" else (_ODD,)
+    for bm, bn, bk, warps, stages in table:
         while bm * bn * outputs > 128 * 256 * warps // 8 and bn > 32:
             bn //= 2  # two sums, or what the epilogue holds, share the registers
         config = (bm, bn, bk, warps, stages)
         if config not in found:
             found.append(config)
     return tuple(
-        Config(BM=bm, BN=bn, BK=bk, GROUP=8, TMA=descriptors, num_warps=warps, num_stages=stages)
+        Config(BM=bm, BN=bn, BK=bk, GROUP=8, TMA=reading == "tma", num_warps=warps, num_stages=stages)
         for bm, bn, bk, warps, stages in found
     )
 
@@ -75,13 +79,16 @@ def row_major(t: Tensor) -> tuple[Tensor, bool]:
     return t.contiguous(), True
 
 
-def can_describe(arch: str, *tensors: Tensor) -> bool:
-    """Whether the TMA can load from them: a Hopper GPU or newer, and everything at multiples of 16 bytes."""
-    return arch in ("sm_90", "sm_100") and availability.version() >= (3, 4) and all(map(_aligned, tensors))
+def reading(arch: str, *tensors: Tensor) -> str:
+    """How matrices are read: "tma", by tensor descriptors, on a Hopper GPU or newer; "pointers"; or "odd", where not
+    everything is at multiples of 16 bytes."""
+    if not all(map(_aligned, tensors)):
+        return "odd"
+    return "tma" if arch in ("sm_90", "sm_100") and availability.version() >= (3, 4) else "pointers"
 
 
 def _aligned(t: Tensor) -> bool:
-    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.numel() > 0
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
 def describe(t: Tensor, block: list[int]) -> Any:

@@ -60,7 +60,8 @@ def product(
         b += (n[None, :] * b_stride + k[:, None]) if B_ROWS else (n[None, :] + k[:, None].to(tl.int64) * b_stride)
         a_step = BK if A_ROWS else a_stride * BK
         b_step = BK if B_ROWS else b_stride * BK
-        b_second = second.to(tl.int64) * b_stride if B_ROWS else second.to(tl.int64)
+        if GATED:
+            b_second = second.to(tl.int64) * b_stride if B_ROWS else second.to(tl.int64)
         inside_a, inside_b = (m < M)[:, None], (n < N)[None, :]
         for start in range(0, K, BK):
             mask_a, mask_b = inside_a, inside_b
