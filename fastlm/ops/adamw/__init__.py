@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, registry
-from fastlm.ops.adamw import cuda, native, reference
+from fastlm.ops.adamw import cuda, native, reference, triton
 
 
 @torch.no_grad()
@@ -167,4 +167,4 @@ def _check_state(name: str, p: Tensor, t: Tensor | None, wide: torch.dtype) -> N
         raise ValueError(f"adamw: {name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}")
 
 
-registry.register("adamw", _prepare, reference=reference, cpu=native, cuda=cuda)
+registry.register("adamw", _prepare, reference=reference, cpu=native, cuda=cuda, triton=triton)

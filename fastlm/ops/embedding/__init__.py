@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.embedding import native, reference
+from fastlm.ops.embedding import native, reference, triton
 
 
 def embedding(ids: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> Tensor:
@@ -90,4 +90,4 @@ _backward = library.define(
     _backward_fake,
 )
 
-registry.register("embedding", _prepare, reference=reference, cpu=native, cuda=native)
+registry.register("embedding", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)

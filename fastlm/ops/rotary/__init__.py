@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.rotary import native, reference
+from fastlm.ops.rotary import native, reference, triton
 
 
 def rotary(
@@ -157,4 +157,4 @@ _backward = library.define(
     f"rotary_backward(Tensor? dq, Tensor? dk, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward_impl, _fake
 )
 
-registry.register("rotary", _prepare, reference=reference, cpu=native, cuda=native)
+registry.register("rotary", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)
