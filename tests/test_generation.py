@@ -7,6 +7,7 @@ import torch
 
 import fastlm
 from fastlm.generation import KVCache, RaggedCache
+from fastlm.generation.cache import Pool, PoolRows
 
 TINY = {
     "vocab_size": 53,
@@ -70,6 +71,24 @@ def test_ragged_cache_equals_each_row_alone():
     assert [cache.length for cache in caches] == [5, 11, 22]
     for row, tail, got in zip(rows, new, logits, strict=True):
         torch.testing.assert_close(got, model(torch.cat([row, tail])[None])[0][0, -2:], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_one_attention_over_a_pool_has_the_bits_of_one_for_each_length():
+    """Until a cache leaves the pool, and after."""
+    model, rows = tiny(**LLAMA), prompts(3, 3, 9, 20)
+    results = []
+    for pool in (None, Pool(4, 23)):
+        places = [None] * 3 if pool is None else [PoolRows(pool, 0, 2), PoolRows(pool, 2, 1), PoolRows(pool, 3, 1)]
+        caches = [KVCache(2, pool=place) for place in places]
+        for cache, part in zip(caches, (torch.stack(rows[:2]), rows[2][None], rows[3][None]), strict=True):
+            model(part, cache=cache)
+        ragged, logits = RaggedCache(caches, [2, 1, 1]), []
+        for step in range(6):  # the longest grows out of the pool at the fourth
+            assert (ragged._neighbours() is not None) == (pool is not None and step < 4)
+            logits.append(model(torch.full((4, 1), step), cache=ragged)[0])
+        results.append(torch.cat(logits, dim=1))
+    assert torch.equal(*results)
 
 
 @variants

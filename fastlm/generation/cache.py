@@ -2,14 +2,15 @@
 
 `KVCache` holds rows of one length; it is all that a batch of equal prompts needs. `RaggedCache` joins several of them,
 of different lengths, into one batch for decoding: everything in the model that treats positions alone (projections,
-MLP, norms, head: nearly all of the time) runs once over all rows, and attention runs once for each length. Rows need no
-padding and no mask, so a row sees exactly the keys it would see alone.
+MLP, norms, head: nearly all of the time) runs once over all rows, and so does attention where the caches lie side by
+side in a `Pool`; else it runs once for each length, with the same bits. Rows need no padding and no mask, so a row sees
+exactly the keys it would see alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,54 @@ from torch import Tensor
 from fastlm import ops
 
 GROWTH = 256  # tokens: the least that a full cache grows by; it at least doubles, so that copying stays linear
+
+
+def _is_decoding(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
+    """One new token a row, and none of what `ops.decode_attention` has no part in."""
+    if (
+        q.shape[1] != 1
+        or not options.get("causal")
+        or options.get("dropout_p")
+        or options.get("cu_seqlens") is not None
+    ):
+        return False
+    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, options: dict[str, Any]) -> Tensor:
+    window = options.get("window")
+    return ops.decode_attention(
+        q,
+        keys,
+        values,
+        lengths,
+        scale=options.get("scale"),
+        window=None if window is None or window[0] is None or window[0] < 0 else window[0],
+        softcap=options.get("softcap", 0.0),
+        alibi_slopes=options.get("alibi_slopes"),
+    )
+
+
+class Pool:
+    """Keys and values of all rows of a batch, (B, S, H_kv, D) a layer: the rows of each cache are a part of them."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.count, self.capacity = rows, max(capacity, 1)
+        self._tensors: dict[tuple[int, bool], Tensor] = {}
+
+    def of(self, layer: int, values: bool, new: Tensor) -> Tensor:
+        """The layer's keys or values; made like `new` (., ., H_kv, D) at the first call."""
+        if (layer, values) not in self._tensors:
+            self._tensors[layer, values] = new.new_empty(self.count, self.capacity, *new.shape[2:])
+        return self._tensors[layer, values]
+
+
+class PoolRows(NamedTuple):
+    """Where in a pool a cache lives."""
+
+    memory: Pool
+    first: int
+    count: int
 
 
 class KVCache:
@@ -27,10 +76,14 @@ class KVCache:
     Args:
         n_layer: layers of the model.
         capacity: tokens to allocate at first.
+        pool: rows of a larger batch to live in, instead of memory of its own.
     """
 
-    def __init__(self, n_layer: int, capacity: int = GROWTH) -> None:
+    def __init__(self, n_layer: int, capacity: int = GROWTH, pool: PoolRows | None = None) -> None:
         self.length = 0  # tokens that all layers hold
+        self.pool = pool
+        self._lengths: Tensor | None = None  # (B) int32, kept for the layers of a step
+        self._lengths_of: tuple[int, int, torch.device] | None = None  # what they were made for
         self._capacity = max(capacity, 1)
         self._keys: list[Tensor | None] = [None] * n_layer
         self._values: list[Tensor | None] = [None] * n_layer
@@ -49,7 +102,18 @@ class KVCache:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append k and v; q (B, T, H, D), the last T positions, attends to all. Returns (B, T, H, D)."""
-        return ops.attention(q, *self.append(layer, k, v), **options)
+        keys, values = self.append(layer, k, v)
+        if not _is_decoding(q, k, v, options):
+            return ops.attention(q, keys, values, **options)
+        return self.decode(q, keys, values, options)
+
+    def decode(self, q: Tensor, keys: Tensor, values: Tensor, options: dict[str, Any]) -> Tensor:
+        """q (B, 1, H, D) attends to keys and values that were just stored."""
+        length = self.length + 1
+        if self._lengths is None or self._lengths_of != (length, len(q), q.device):
+            self._lengths = torch.full((len(q),), length, dtype=torch.int32, device=q.device)
+            self._lengths_of = (length, len(q), q.device)
+        return _decode(q, keys, values, self._lengths, options)
 
     def advance(self, tokens: int) -> None:
         """All layers have stored this many tokens more."""
@@ -74,6 +138,7 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, in this order: (N) int64."""
+        self.pool = None
         self._keys = [None if t is None else t.index_select(0, rows) for t in self._keys]
         self._values = [None if t is None else t.index_select(0, rows) for t in self._values]
 
@@ -82,6 +147,12 @@ class KVCache:
         held = store[layer]
         if held is not None and held.shape[1] >= end:
             return held
+        if held is None and self.pool is not None and end <= self.pool.memory.capacity:
+            memory, first, count = self.pool
+            room = memory.of(layer, store is self._values, new)[first : first + count]
+            store[layer] = room
+            return room
+        self.pool = None
         grown = max(end, self._capacity if held is None else max(2 * held.shape[1], held.shape[1] + GROWTH))
         room = new.new_empty(new.shape[0], grown, *new.shape[2:])
         if held is not None:
@@ -97,6 +168,7 @@ class RaggedCache:
         """rows: how many rows of the batch belong to each cache."""
         self.caches = list(caches)
         self.rows = list(rows)
+        self._lengths: Tensor | None = None  # (B) int32
 
     @property
     def length(self) -> int:
@@ -110,10 +182,37 @@ class RaggedCache:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Each cache's attention over its own rows of q, k and v."""
-        parts = zip(self.caches, q.split(self.rows), k.split(self.rows), v.split(self.rows), strict=True)
-        return torch.cat([cache.attention(layer, qs, ks, vs, **options) for cache, qs, ks, vs in parts])
+        parts = list(zip(self.caches, q.split(self.rows), k.split(self.rows), v.split(self.rows), strict=True))
+        if not _is_decoding(q, k, v, options):
+            return torch.cat([cache.attention(layer, qs, ks, vs, **options) for cache, qs, ks, vs in parts])
+        stored = [cache.append(layer, ks, vs) for cache, _, ks, vs in parts]
+        pool = self._neighbours()
+        if pool is None:
+            return torch.cat(
+                [part[0].decode(part[1], *held, options) for part, held in zip(parts, stored, strict=True)]
+            )
+        keys, values = (pool.memory.of(layer, values, k)[pool.first :][: pool.count] for values in (False, True))
+        if self._lengths is None:
+            lengths = [
+                cache.length + 1 for cache, rows in zip(self.caches, self.rows, strict=True) for _ in range(rows)
+            ]
+            self._lengths = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+        return _decode(q, keys, values, self._lengths, options)
+
+    def _neighbours(self) -> PoolRows | None:
+        """The rows of all caches together, where they lie one after the other in one pool."""
+        first = self.caches[0].pool
+        if first is None:
+            return None
+        count = 0
+        for cache, rows in zip(self.caches, self.rows, strict=True):
+            if cache.pool is None or cache.pool != (first.memory, first.first + count, rows):
+                return None
+            count += rows
+        return PoolRows(first.memory, first.first, count)
 
     def advance(self, tokens: int) -> None:
         """All layers have stored this many tokens more."""
+        self._lengths = None
         for cache in self.caches:
             cache.advance(tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlm.generation.cache import KVCache, RaggedCache
+from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
 from fastlm.generation.decoder import Decoder
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, stop_rule
@@ -116,14 +116,14 @@ class _Group:
     """Rows that have one length, and so always will: each grows by one token a step."""
 
     def __init__(
-        self, model: GPT, rows: list[int], prompts: list[Tensor], max_new_tokens: int, with_seen: bool
+        self, model: GPT, rows: list[int], prompts: list[Tensor], max_new_tokens: int, with_seen: bool, pool: PoolRows
     ) -> None:
         self.rows = rows  # where these rows stand in the caller's batch
         self.length = len(prompts[0])
         self.tokens = prompts[0].new_zeros(len(rows), self.length + max_new_tokens)
         self.tokens[:, : self.length] = torch.stack(prompts)
         self.block_size = model.config.block_size
-        self.cache = KVCache(model.config.n_layer, min(self.length + max_new_tokens, self.block_size))
+        self.cache = KVCache(model.config.n_layer, min(self.length + max_new_tokens, self.block_size), pool)
         self.continuations: list[list[int]] = [[] for _ in rows]  # kept where something may stop a row
         self.seen: Tensor | None = None  # (rows, V): the tokens so far
         if with_seen:
@@ -133,11 +133,14 @@ class _Group:
     @classmethod
     def by_length(cls, model: GPT, prompts: list[Tensor], max_new_tokens: int, with_seen: bool) -> list[_Group]:
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        return [
-            cls(model, rows, [prompts[row] for row in rows], max_new_tokens, with_seen)
-            for _, same in itertools.groupby(order, key=lambda row: len(prompts[row]))
-            for rows in [list(same)]
-        ]
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        pool = Pool(len(prompts), min(longest + max_new_tokens, model.config.block_size))
+        groups: list[_Group] = []
+        for _, same in itertools.groupby(order, key=lambda row: len(prompts[row])):
+            rows = list(same)
+            place = PoolRows(pool, sum(len(group.rows) for group in groups), len(rows))
+            groups.append(cls(model, rows, [prompts[row] for row in rows], max_new_tokens, with_seen, place))
+        return groups
 
     def new_context(self) -> Tensor | None:
         """The tokens for an empty cache: the prompt or, where the cache is full, the last half. None: it goes on."""
