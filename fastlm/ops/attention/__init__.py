@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, philox, registry
-from fastlm.ops.attention import native, reference
+from fastlm.ops.attention import native, reference, triton
 
 Window = tuple[int | None, int | None]
 
@@ -282,4 +282,4 @@ def _prepare_attention(
     return _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
 
 
-registry.register("attention", _prepare_attention, reference=reference, cpu=native, cuda=native)
+registry.register("attention", _prepare_attention, reference=reference, cpu=native, cuda=native, triton=triton)
