@@ -139,13 +139,14 @@ def backward(
     sequences, rows, columns = _extent(q, k, cu_seqlens, max_seqlen)
     numbers = _numbers(q, k, scale, window_left, window_right, softcap)
     constants = (*_shape(q, k, unit), *_options(window_left, window_right, softcap), cu_seqlens is None)
-    constants += (not heavy, _precision(q), described)
+    constants += (not heavy, _precision(q))
     slopes = _base2(alibi_slopes)
     slopes_stride = heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
 
-    config = COLUMNS.config(q.device, problem)
+    narrow = described and width <= 128  # wider: the blocks that fit are too small for Hopper's warp groups
+    config = COLUMNS.config(q.device, _problem(q, heavy, narrow))
     blocks = cdiv(columns, config["BLOCK_N"])
-    q_read, dout_read = _descriptors(config["BLOCK_M"], q, dout) if described else (q, dout)
+    q_read, dout_read = _descriptors(config["BLOCK_M"], q, dout) if narrow else (q, dout)
     COLUMNS(
         config,
         (blocks * kv_heads * sequences, 1, 1),
@@ -153,6 +154,7 @@ def backward(
         *_strides(unit, q, k, v, dout),
         *(slopes_stride, blocks, *numbers, scale, *_dropout(dropout_p)),
         *constants,
+        narrow,
     )
     config = ROWS.config(q.device, problem)
     blocks = cdiv(rows, config["BLOCK_M"])
@@ -164,6 +166,7 @@ def backward(
         *_strides(unit, q, k, v, dout),
         *(slopes_stride, blocks, *numbers, scale, *_dropout(dropout_p)),
         *constants,
+        described,
     )
     return dq, dk, dv
 
@@ -195,7 +198,8 @@ def _problem(q: Tensor, heavy: bool, described: bool) -> tuple[str, int, str]:
 def _describable(*tensors: Tensor) -> bool:
     """Whether the GPU has a TMA, and it can read these: bases and strides of 16 bytes, nothing empty."""
     return (
-        architecture(tensors[0].device) in _WITH_TMA
+        tensors[0].dtype != torch.float32  # whose products are not those of Hopper's warp groups
+        and architecture(tensors[0].device) in _WITH_TMA
         and availability.version() >= (3, 4)
         and all(
             t.numel() > 0 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3])
