@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from fastlm.cli import app
 from fastlm.data import ByteTokenizer
 from fastlm.evaluation.translation import score_translations
 from fastlm.generation.beam import search
@@ -60,6 +62,12 @@ def test_it_learns_to_translate(pairs_file: Path, tmp_path: Path, architecture: 
     assert (tmp_path / "run" / "metrics.json").is_file()
     rows = [line.split("\t") for line in (tmp_path / "run" / "translations.tsv").read_text().splitlines()]
     assert [(a, b) for a, b, _ in rows] == PAIRS
+    sources = [a for a, _, _ in rows[:3]]
+    arguments = ["translate", str(tmp_path / "run"), "--beams", "3", *[x for s in sources for x in ("--text", s)]]
+    command = CliRunner().invoke(app, arguments)
+    assert command.exit_code == 0, command.output
+    assert command.stdout.splitlines() == [c for _, _, c in rows[:3]]
+    assert "empty sentence" in CliRunner().invoke(app, ["translate", str(tmp_path / "run"), "--text", " "]).output
     assert metrics["exact"] == sum(b == c for _, b, c in rows) / len(rows)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -38,11 +39,11 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def measure_loader(text: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def measure_loader(text: Path, folder: Path, rounds: int, scale: float) -> dict[str, Any]:
     """Tokens/s of the loader's batches, 32 windows of 1,024 tokens, in both orders."""
     corpus = folder / "corpus.txt"
     with corpus.open("wb") as f:
-        for _ in range(max(1, 100_000_000 // text.stat().st_size)):
+        for _ in range(max(1, int(100_000_000 * scale) // text.stat().st_size)):
             f.write(text.read_bytes())
     prepare_files([corpus], folder / "data", PrepareOptions(overwrite=True))
     data = TokenData.open(folder / "data", "train")
@@ -60,11 +61,11 @@ def measure_loader(text: Path, folder: Path, rounds: int) -> dict[str, Any]:
     return result
 
 
-def measure_prepare(text: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def measure_prepare(text: Path, folder: Path, rounds: int, scale: float) -> dict[str, Any]:
     """MB/s of prepare; of BPE beside the library's own encode_batch_fast over the same pieces, in turns."""
     corpus = folder / "corpus.txt"
     with corpus.open("wb") as f:
-        for _ in range(max(1, 40_000_000 // text.stat().st_size)):
+        for _ in range(max(1, int(40_000_000 * scale) // text.stat().st_size)):
             f.write(text.read_bytes())
     size = corpus.stat().st_size / 1e6
     tokenizer = BPETokenizer.train([text.read_text(encoding="utf-8")[:4_000_000]], 8192)
@@ -93,10 +94,12 @@ def measure_prepare(text: Path, folder: Path, rounds: int) -> dict[str, Any]:
     return {"megabytes": size, **result, "bpe_over_library": statistics.median(ratios)}
 
 
-def measure_checkpoint(folder: Path, rounds: int) -> dict[str, Any]:
+def measure_checkpoint(folder: Path, rounds: int, scale: float) -> dict[str, Any]:
     """Seconds that `CheckpointWriter.save` keeps the training loop, and seconds of copying the same tensors alone."""
     torch.manual_seed(0)
-    model = fastlm.GPT(fastlm.GPTConfig.preset("gpt2", vocab_size=8192, n_layer=8, n_embd=512, n_head=8))
+    model = fastlm.GPT(
+        fastlm.GPTConfig.preset("gpt2", vocab_size=8192, n_layer=math.ceil(8 * scale), n_embd=512, n_head=8)
+    )
     optimizer = fastlm.optim.AdamW(model.parameters(), lr=1e-4)
     idx = torch.randint(8192, (1, 64))
     model(idx, idx)[1].backward()
@@ -130,13 +133,13 @@ def measure_checkpoint(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_batching(rounds: int) -> dict[str, Any]:
+def measure_batching(rounds: int, scale: float) -> dict[str, Any]:
     """Greedy tokens/s of 16 prompts of 16 different lengths, in a batch and one at a time; the tokens are compared."""
     torch.manual_seed(0)
     model = fastlm.GPT(fastlm.GPTConfig.preset("micro")).eval()
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(256, (20 + row,), generator=generator).tolist() for row in range(16)]
-    new = 64
+    new = math.ceil(64 * scale)
 
     def together() -> list[list[int]]:
         return [row.tolist() for row in model.generate(prompts, new, temperature=0.0)]
@@ -157,20 +160,20 @@ def measure_batching(rounds: int) -> dict[str, Any]:
     }
 
 
-def run(text: Path, parts: tuple[str, ...] = PARTS, rounds: int = 5) -> dict[str, Any]:
-    """The parts by name."""
+def run(text: Path, parts: tuple[str, ...] = PARTS, rounds: int = 5, scale: float = 1.0) -> dict[str, Any]:
+    """The parts by name; `scale` makes the corpora, the model and the continuations smaller, for a test."""
     results: dict[str, Any] = {}
     for part in parts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if part == "loader":
-                results[part] = measure_loader(text, folder, rounds)
+                results[part] = measure_loader(text, folder, rounds, scale)
             elif part == "prepare":
-                results[part] = measure_prepare(text, folder, rounds)
+                results[part] = measure_prepare(text, folder, rounds, scale)
             elif part == "checkpoint":
-                results[part] = measure_checkpoint(folder, rounds)
+                results[part] = measure_checkpoint(folder, rounds, scale)
             else:
-                results[part] = measure_batching(rounds)
+                results[part] = measure_batching(rounds, scale)
     return results
 
 

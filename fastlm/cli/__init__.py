@@ -16,6 +16,7 @@ from fastlm.cli.generate import generate
 from fastlm.cli.info import info
 from fastlm.cli.prepare import prepare
 from fastlm.cli.train import train
+from fastlm.cli.translate import translate
 
 app = typer.Typer(
     name="fastlm",
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, info):
+for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, translate, info):
     app.command()(command)
 if importlib.util.find_spec("fastlm.cli.bench"):
     app.command()(importlib.import_module("fastlm.cli.bench").bench)

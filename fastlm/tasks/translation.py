@@ -77,6 +77,8 @@ class Task:
             raise ValueError(
                 f"an encoder-decoder begins with new weights: give {NEW!r} as the model, got {str(model)!r}"
             )
+        if config.evaluation.sample_every:
+            raise ValueError("a translation run makes no samples on the way: leave evaluation.sample_every at 0")
         self._folder, self._settings, self._config = model, settings, config
         self._train = read_pairs(settings.train, settings)
         self._val = read_pairs(settings.val, settings) if settings.val else []

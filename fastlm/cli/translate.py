@@ -1,0 +1,41 @@
+"""`fastlm translate`: a run of `fastlm finetune --task translation` on sentences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def translate(
+    run: Annotated[Path, typer.Argument(help="A run of `fastlm finetune --task translation`.", show_default=False)],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A sentence. Any number of times; without one, the lines of the input.", show_default=False),
+    ] = None,
+    beams: Annotated[int, typer.Option(help="Hypotheses of the beam search; 1 is greedy.")] = 4,
+    length_penalty: Annotated[float, typer.Option(help="Higher prefers longer translations; 0: ln p alone.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each sentence.")] = False,
+) -> None:
+    """Translate sentences, one a line."""
+    from fastlm.data import load_tokenizer
+    from fastlm.tasks.translation import open_translator
+    from fastlm.tasks.translation import translate as translated
+    from fastlm.training.loading import find_model
+    from fastlm.training.trainer import resolve_device
+
+    weights, tokenizer_path = find_model(run, checkpoint)
+    model, tokenizer = open_translator(weights).to(resolve_device(device)), load_tokenizer(tokenizer_path)
+    lines = text or [line.rstrip("\n") for line in sys.stdin]
+    for line in lines:
+        if not line.strip():
+            raise ValueError("an empty sentence cannot be translated")
+    results = translated(model, tokenizer, lines, beams, length_penalty, max_new_tokens)
+    for line, result in zip(lines, results, strict=True):
+        typer.echo(json.dumps({"source": line, "translation": result}, ensure_ascii=False) if as_json else result)
