@@ -65,7 +65,7 @@ class PoolRows(NamedTuple):
 
     memory: Pool
     first: int
-    count: int
+    rows: int
 
 
 class KVCache:
@@ -191,7 +191,7 @@ class RaggedCache:
             return torch.cat(
                 [part[0].decode(part[1], *held, options) for part, held in zip(parts, stored, strict=True)]
             )
-        keys, values = (pool.memory.of(layer, values, k)[pool.first :][: pool.count] for values in (False, True))
+        keys, values = (pool.memory.of(layer, values, k)[pool.first :][: pool.rows] for values in (False, True))
         if self._lengths is None:
             lengths = [
                 cache.length + 1 for cache, rows in zip(self.caches, self.rows, strict=True) for _ in range(rows)
