@@ -17,6 +17,7 @@ from fastlm.cli.info import info
 from fastlm.cli.prepare import prepare
 from fastlm.cli.train import train
 from fastlm.cli.translate import translate
+from fastlm.cli.tune import tune
 
 app = typer.Typer(
     name="fastlm",
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, translate, info):
+for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, translate, info, tune):
     app.command()(command)
 if importlib.util.find_spec("fastlm.cli.bench"):
     app.command()(importlib.import_module("fastlm.cli.bench").bench)

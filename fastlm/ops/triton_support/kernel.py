@@ -94,6 +94,10 @@ class Kernel:
         """Launch on the current stream of the current device, which must be the tensors'."""
         if Kernel.recorder is not None and Kernel.recorder.launch(self, config, grid, arguments):
             return
+        self.start(config, grid, arguments)
+
+    def start(self, config: Config, grid: tuple[int, int, int], arguments: tuple) -> None:
+        """The launch itself."""
         if 0 in grid:
             return
         if not _fast():
