@@ -101,7 +101,10 @@ class Classifier(nn.Module):
         if fields.get("model_type") != CLASSIFIER:
             raise ValueError(f"{folder} holds model_type {fields.get('model_type')!r}, wanted a {CLASSIFIER}")
         config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["config"].items()}
-        model = cls(model_from_pretrained(folder / _BACKBONE), ClassifierConfig(**config))
+        backbone = model_from_pretrained(folder / _BACKBONE)
+        if not isinstance(backbone, (GPT, Encoder)):
+            raise ValueError(f"{folder / _BACKBONE} holds a {type(backbone).__name__}, wanted a GPT or an Encoder")
+        model = cls(backbone, ClassifierConfig(**config))
         model.head.load_state_dict(load_file(folder / _HEAD))
         return model.eval()
 

@@ -40,6 +40,8 @@ def trained_model(path: Path, lora: LoraConfig, dropout: float = -1.0, from_scra
     weights, tokenizer = open_pretrained(path)
     changes: dict[str, Any] = {} if dropout < 0 else {"dropout": dropout, "attention_dropout": dropout}
     model = model_from_pretrained(weights, **changes)
+    if not isinstance(model, (GPT, Encoder)):
+        raise ValueError(f"{path} holds a {type(model).__name__}; fine-tuning begins with a GPT or an Encoder")
     check_vocabulary(model.config.vocab_size, tokenizer.vocab_size, weights, path)
     if has_lora(model):  # of an earlier fine-tuning: part of the weights now
         merge(model)
