@@ -161,8 +161,9 @@ class MaskedLoader:
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
         """Windows at even distances, weighted by the tokens left out."""
-        for number, ((x, _), _) in enumerate(self.windows.evaluation_batches(count)):
-            x, y = self.masker(x, _generator(_EVALUATION_SEED, number))
+        windows, _ = self.windows.evenly_spaced(count)
+        for number, ids in enumerate(windows.split(self.batch_size)):
+            x, y = self.masker(ids, _generator(_EVALUATION_SEED, number))
             yield (x, y), int((y != IGNORED).sum())
 
     def state_dict(self) -> dict[str, Any]:
