@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 
-MODEL_TYPE = "fastlm_lstm"
+MODEL_TYPE = "fastlm-lstm"
 Hidden = tuple[Tensor, Tensor]  # the hidden states and the cells of all layers, each (L, B, H)
 
 
