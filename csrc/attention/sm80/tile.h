@@ -37,14 +37,13 @@ FASTLM_DEVICE void load_tile(Tile<T, kWidth> tile, const Rows<T>& from, int firs
   constexpr int kStep = kThreads / kChunks;  // rows at a time; a thread stays at its chunk
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "the threads share the tile evenly");
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
-  const bool inside = chunk < from.chunks;
+  const unsigned count = chunk < from.chunks ? end - begin : 0;
   const T* source = from.data + (first + row) * from.stride + chunk * (16 / static_cast<int>(sizeof(T)));
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
-    const int r = first + row + i;
-    const bool there = inside && r >= begin && r < end;
-    ptx::cp_async_16(tile.address + tile.offset(row + i, chunk), there ? source + i * from.stride : from.data,
-                     there ? 16 : 0);
+    const bool there = static_cast<unsigned>(first + row + i - begin) < count;  // else the address is not read
+    ptx::cp_async_16(tile.address + tile.offset(row + i, chunk), source, there ? 16 : 0);
+    source += kStep * from.stride;
   }
 }
 
