@@ -138,8 +138,8 @@ def backward(
     unit = _unit(q, k, v, dout)
     sequences, rows, columns = _extent(q, k, cu_seqlens, max_seqlen)
     numbers = _numbers(q, k, scale, window_left, window_right, softcap)
-    constants = (*_shape(q, k, unit), *_options(window_left, window_right, softcap), cu_seqlens is None)
-    constants += (not heavy, _precision(q))
+    options = _options(window_left, window_right, softcap)
+    constants = (*_shape(q, k, unit), *options, cu_seqlens is None, not heavy, _precision(q))
     slopes = _base2(alibi_slopes)
     slopes_stride = heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
 
