@@ -11,7 +11,6 @@ from fastlm.models.gpt import GPT
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.huggingface.load import read_config
 from fastlm.models.lora import add_lora, has_lora, merge, remove_lora
-from fastlm.models.lstm import LSTMLM
 from fastlm.training.config import LoraConfig
 from fastlm.training.loading import check_vocabulary, find_model
 
@@ -43,7 +42,6 @@ def trained_model(path: Path, lora: LoraConfig, dropout: float = -1.0, from_scra
     model = model_from_pretrained(weights, **changes)
     if not isinstance(model, (GPT, Encoder)):
         raise ValueError(f"{path} holds a {type(model).__name__}; fine-tuning begins with a GPT or an Encoder")
-    assert not isinstance(model, LSTMLM)  # open_pretrained refuses it
     check_vocabulary(model.config.vocab_size, tokenizer.vocab_size, weights, path)
     if has_lora(model):  # of an earlier fine-tuning: part of the weights now
         merge(model)
