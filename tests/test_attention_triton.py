@@ -57,4 +57,5 @@ def test_what_it_refuses() -> None:
     q = torch.empty(1, 2, 1, 264)
     assert "head dims up to 256, got 264" in (triton.unsupported(q, q) or "")
     assert "float64" in (triton.unsupported(q[..., :64].double(), q) or "")
-    assert triton.unsupported(q[..., :256], q[..., :256]) is None
+    assert "float32 kernels are for head dims up to 128, got 256" in (triton.unsupported(q[..., :256], q) or "")
+    assert triton.unsupported(q[..., :128], q) is None and triton.unsupported(q[..., :256].half(), q) is None

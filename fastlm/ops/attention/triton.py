@@ -20,7 +20,7 @@ from fastlm.ops.triton_support import (
     next_power_of_2,
 )
 
-WIDEST = 256  # head dim
+WIDEST, WIDEST_FLOAT32 = 256, 128  # head dim
 LONGEST = 2**30  # rows or columns: sums of two positions stay in 32 bits
 WIDEST_ROW = 2**31 // 512  # of a stride between rows: a block's own offsets stay in 32 bits
 
@@ -33,6 +33,8 @@ def unsupported(q: Tensor, k: Tensor, *rest: object) -> str | None:
         return f"its kernels are for float32, bfloat16 and float16, got {q.dtype}"
     if q.shape[3] > WIDEST:
         return f"its kernels are for head dims up to {WIDEST}, got {q.shape[3]}"
+    if q.dtype == torch.float32 and q.shape[3] > WIDEST_FLOAT32:
+        return f"its float32 kernels are for head dims up to {WIDEST_FLOAT32}, got {q.shape[3]}: wider ones would spill"
     if max(q.shape[1], k.shape[1]) > LONGEST:
         return f"its kernels are for lengths up to {LONGEST}, got {q.shape[1]} queries and {k.shape[1]} keys"
     return None
@@ -267,6 +269,8 @@ def examples(device: torch.device) -> Iterator[Example]:
     """Head dims of common models, some padded; what makes other code: dtypes, causal or not, every option at once."""
     for width in (64, 128, 256):
         for dtype in (torch.bfloat16, torch.float32):
+            if dtype == torch.float32 and width > WIDEST_FLOAT32:
+                continue
             yield _example(device, width, dtype, causal=True)
             yield _example(device, width, dtype, causal=True, packed=True)
             yield _example(device, width, dtype, causal=True, packed=True, every_option=True)

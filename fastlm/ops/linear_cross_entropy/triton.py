@@ -113,7 +113,7 @@ def _run(
     dweight = make((vocabulary, width) if needs[1] else 0, dtype=torch.float32)
     step = max(1, min(MAX_ROWS, BLOCK_BYTES // (vocabulary * rows.element_size()) // 16 * 16 or 16))
     buffer = rows.new_empty(min(step, count), vocabulary)
-    config = SOFTMAX_LOSS.config(rows.device, (next_power_of_2(vocabulary),)) if count else None
+    config = SOFTMAX_LOSS.config(rows.device, (next_power_of_2(vocabulary),))
     ignore_index, smoothing, z_loss, softcap = options
     with autocast_off(rows):
         for start in range(0, count, step):
