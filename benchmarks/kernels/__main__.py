@@ -1,12 +1,12 @@
-"""python -m benchmarks.kernels triton: compile every kernel for every architecture, record what came out."""
+"""python -m benchmarks.kernels triton, or cuda: compile every kernel for every architecture, record what came out."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks.kernels import triton
+from benchmarks.kernels import cuda, triton
 
-COMMANDS = {"triton": triton.main}
+COMMANDS = {"cuda": cuda.main, "triton": triton.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

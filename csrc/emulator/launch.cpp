@@ -1,6 +1,7 @@
 // A launch: the blocks of the grid, in the schedule's order, some of them at a time.
 #include <mutex>
 
+#include "emulator/conflicts.h"
 #include "emulator/cuda.h"
 #include "emulator/grid_dependency.h"
 #include "emulator/sanitizer.h"
@@ -204,6 +205,7 @@ void launch_threads(const LaunchConfig& config, const std::function<void()>& thr
     g.at_a_time = std::min<size_t>(g.limit, 1 + random_source().below(4));
   }
   begin_grid_dependency(config.programmatic);
+  begin_counts();
   release(&g.begun);
   try {
     run_grid();
@@ -213,6 +215,7 @@ void launch_threads(const LaunchConfig& config, const std::function<void()>& thr
     throw;
   }
   acquire(&g.ended);
+  write_counts(config.grid, config.block, config.shared);
 }
 
 }  // namespace fastlm::emulator

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "emulator/conflicts.h"
 #include "emulator/sanitizer.h"
 #include "emulator/scheduler.h"
 
@@ -80,7 +81,8 @@ void ldmatrix(uint32_t* r, int count, bool transposed, uint32_t address, Site si
   struct Lane {
     uint16_t row[8];
     uint32_t* r;
-  } lane{{}, r};
+    uint32_t address;
+  } lane{{}, r, address};
   enter("ldmatrix", site);
   if (current->lane < 8 * count) {  // the other lanes' addresses are not used
     const unsigned char* p = shared_place(address, 16, 16, "ldmatrix", site).data;
@@ -89,6 +91,9 @@ void ldmatrix(uint32_t* r, int count, bool transposed, uint32_t address, Site si
   }
   with_warp(transposed ? "ldmatrix.trans" : "ldmatrix", kAllLanes, &lane, site, [&](const LaneArguments& lanes) {
     auto row = [&](int i) { return static_cast<Lane*>(lanes[i])->row; };
+    uint32_t addresses[32];
+    for (int l = 0; l < 32; l++) addresses[l] = static_cast<Lane*>(lanes[l])->address;
+    count_matrices(addresses, count);
     for (int l = 0; l < 32; l++) {
       const int g = l / 4, t = l % 4 * 2;
       for (int m = 0; m < count; m++) {
@@ -105,9 +110,13 @@ void stmatrix(const uint32_t* r, int count, bool transposed, uint32_t address, S
   struct Lane {
     const uint32_t* r;
     uint16_t row[8];
-  } lane{r, {}};
+    uint32_t address;
+  } lane{r, {}, address};
   with_warp(transposed ? "stmatrix.trans" : "stmatrix", kAllLanes, &lane, site, [&](const LaneArguments& lanes) {
     auto row = [&](int i) { return static_cast<Lane*>(lanes[i])->row; };
+    uint32_t addresses[32];
+    for (int l = 0; l < 32; l++) addresses[l] = static_cast<Lane*>(lanes[l])->address;
+    count_matrices(addresses, count);
     for (int l = 0; l < 32; l++) {
       const int g = l / 4, t = l % 4 * 2;
       for (int m = 0; m < count; m++) {

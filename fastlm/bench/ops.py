@@ -36,12 +36,18 @@ def cases(names: list[str] | None = None, full: bool = False) -> list[Case]:
 
 
 def compare(
-    case: Case, dtype: torch.dtype, device: str, rounds: int, budget: float, skip: set[str]
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    budget: float,
+    skip: set[str],
+    find: Callable[[Case, dict[str, Any]], list[Peer]] = peers_of,
 ) -> Iterator[Comparison]:
-    """Time and check one case, in each of its modes. `skip`: peers that are not wanted."""
+    """Time and check one case, in each of its modes. `skip`: peers that are not wanted. `find`: makes the peers."""
     for mode in modes_of(case):
         arguments = case.build(Maker(dtype, device))
-        peers = [p for p in peers_of(case, arguments) if p.name not in skip]
+        peers = [p for p in find(case, arguments) if p.name not in skip]
         calls = {p.name: call_of(p, arguments, mode) for p in peers if p.reason is None}
         measured = timing.interleave(calls, rounds, budget)
         results = [measured.get(p.name, Result(p.name, reason=p.reason)) for p in peers]

@@ -1,5 +1,8 @@
 // The table's C interface; on a GPU it also moves the words there and back.
 #include "harness.h"
+#ifndef __CUDACC__
+#include "emulator/conflicts.h"
+#endif
 
 namespace {
 
@@ -43,3 +46,12 @@ HARNESS_EXPORT const char* harness_run(int i, const uint32_t* in, uint32_t* out)
   }
   return nullptr;
 }
+
+#ifndef __CUDACC__
+// How often shared memory is read for a matrix whose rows are at these eight addresses.
+HARNESS_EXPORT int harness_wavefronts(const uint32_t* address) {
+  uint32_t rows[8];
+  for (int i = 0; i < 8; i++) rows[i] = address[i];
+  return fastlm::emulator::wavefronts(rows);
+}
+#endif

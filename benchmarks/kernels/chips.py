@@ -1,0 +1,77 @@
+"""The published limits of the GPUs, and what follows from them for a kernel: occupancy and roofline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits as NVIDIA publishes them: rates of dense matrix products, not of sparse ones, at the boost clock."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    tensor_flops: float  # bf16 and fp16 with fp32 sums, a second
+    tf32_flops: float
+    bandwidth: float  # of the memory, bytes a second
+    shared: int  # bytes of a multiprocessor, those that the system takes of every block included
+    mma_sync: float  # the part of the tensor cores' rate that mma.sync reaches; the rest takes wgmma
+    source: str
+
+
+A100 = Chip(
+    "A100 SXM 80 GB",
+    "sm_80",
+    108,
+    312e12,
+    156e12,
+    2.039e12,
+    164 * 1024,
+    1.0,
+    "NVIDIA A100 Tensor Core GPU data sheet (2021)",
+)
+H100 = Chip(
+    "H100 SXM 80 GB",
+    "sm_90a",
+    132,
+    989.4e12,
+    494.7e12,
+    3.35e12,
+    228 * 1024,
+    0.629,
+    "NVIDIA H100 Tensor Core GPU data sheet; mma.sync: arXiv:2402.13499",
+)
+CHIPS = {chip.arch: chip for chip in (A100, H100)}
+
+# CUDA C++ Programming Guide, technical specifications per compute capability: the same for 8.0 and 9.0.
+THREADS, BLOCKS, REGISTERS = 2048, 32, 65536  # of a multiprocessor
+REGISTER_UNIT, SHARED_UNIT, SHARED_OF_SYSTEM = (
+    256,
+    128,
+    1024,
+)  # a warp's registers, a block's bytes, taken of each block
+
+
+def occupancy(chip: Chip, registers: int, threads: int, shared: int) -> tuple[int, float]:
+    """Blocks on a multiprocessor, and the share of its 2,048 threads that they are.
+
+    Args:
+        registers: of a thread.
+        threads: of a block.
+        shared: bytes of a block, static and dynamic.
+    """
+    warps = math.ceil(threads / 32)
+    warp_registers = math.ceil(max(registers, 1) * 32 / REGISTER_UNIT) * REGISTER_UNIT
+    block_shared = math.ceil((shared + SHARED_OF_SYSTEM) / SHARED_UNIT) * SHARED_UNIT
+    by_registers = REGISTERS // warp_registers // warps
+    blocks = min(BLOCKS, THREADS // (32 * warps), by_registers, chip.shared // block_shared)
+    return blocks, blocks * warps * 32 / THREADS
+
+
+def roofline(chip: Chip, bytes_moved: float, flops: float, tf32: bool = False) -> tuple[float, str]:
+    """Seconds that a kernel of mma.sync needs at least, and which limit it is."""
+    by_memory = bytes_moved / chip.bandwidth
+    by_tensor = flops / (chip.mma_sync * (chip.tf32_flops if tf32 else chip.tensor_flops))
+    return (by_memory, "memory") if by_memory >= by_tensor else (by_tensor, "matrix products")

@@ -1,0 +1,115 @@
+"""What the machine code of a kernel does in its hottest loop, read from `cuobjdump -sass` and `-elf`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", re.MULTILINE)
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+# Groups that the table names. Everything else is "other": addresses, predicates, conversions, barriers.
+GROUPS = {
+    "tensor core": ("HMMA", "HGMMA", "WARPGROUP"),
+    "LDSM": ("LDSM",),
+    "LDGSTS": ("LDGSTS", "UTMALDG"),
+    "global": ("LDG", "STG", "LD", "ST"),
+    "shared": ("LDS", "STS"),
+    "float": ("FFMA", "FADD", "FMUL", "FMNMX", "MUFU", "HFMA2", "HADD2", "HMUL2", "F2F", "F2FP", "FSETP", "FSEL"),
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions of one pass of a loop, by opcode; those of loops inside it count once.
+
+    Args:
+        counts: of the loop's body as it lies in the code.
+        aside: of the code that it branches to elsewhere and that comes back to it; both sides of its branches count,
+            so it is more than one pass executes.
+    """
+
+    counts: dict[str, int]
+    aside: dict[str, int]
+
+    @property
+    def length(self) -> int:
+        return sum(self.counts.values())
+
+    def number(self, group: str) -> int:
+        return sum(self.counts.get(op, 0) for op in GROUPS[group])
+
+    def share(self, group: str) -> float:
+        return self.number(group) / self.length
+
+
+def opcode(text: str) -> str:
+    """@!P0 HMMA.16816.F32 R4, ... as HMMA."""
+    return PREDICATE.sub("", text).split()[0].partition(".")[0]
+
+
+def functions(sass: str) -> dict[str, list[tuple[int, str]]]:
+    """Each kernel's instructions with their addresses."""
+    parts = re.split(r"^\s*Function : (\S+)\s*$", sass, flags=re.MULTILINE)
+    return {
+        name: [(int(at, 16), text) for at, text in INSTRUCTION.findall(body)]
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """First and last address of every loop: a branch backwards. The endless one after EXIT (BRA to itself) is none."""
+    found = []
+    for at, text in instructions:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            found.append((int(target[1], 16), at))
+    return found
+
+
+def main_loop(instructions: list[tuple[int, str]]) -> Loop | None:
+    """Of the loops, the one with the most tensor-core instructions; without any, with the most loads and stores; of
+    equal ones the shortest. None where the kernel has no loop: a straight line of code that each thread runs once."""
+    best: tuple[tuple[int, int, int], Loop] | None = None
+    found = loops(instructions)
+    for first, last in found:
+        counts = _counts(instructions, first, last)
+        tensor = sum(counts[op] for op in GROUPS["tensor core"])
+        moved = sum(counts[op] for op in ("LDG", "LDGSTS", "LD", "STG"))
+        key = (tensor, moved, -sum(counts.values()))
+        if best is None or key > best[0]:
+            aside: Counter[str] = Counter()
+            for low, high in found:  # a range that begins before this one and ends in it: what was moved out of line
+                if low < first <= high < last:
+                    aside = max(aside, _counts(instructions, low, first - 1), key=lambda c: sum(c.values()))
+            best = key, Loop(dict(counts), dict(aside))
+    return best[1] if best else None
+
+
+def _counts(instructions: list[tuple[int, str]], first: int, last: int) -> Counter[str]:
+    return Counter(op for at, text in instructions if first <= at <= last and (op := opcode(text)) != "NOP")
+
+
+def dump(cuobjdump: str, target: Path) -> dict[str, Loop | None]:
+    text = subprocess.run([cuobjdump, "-sass", str(target)], capture_output=True, text=True, check=True).stdout
+    return {name: main_loop(body) for name, body in functions(text).items()}
+
+
+def most_threads(cuobjdump: str, target: Path) -> dict[str, int]:
+    """A block's most threads (__launch_bounds__) of each kernel, from the ELF's attributes."""
+    text = subprocess.run([cuobjdump, "-elf", str(target)], capture_output=True, text=True, check=True).stdout
+    return threads_of(text)
+
+
+def threads_of(elf: str) -> dict[str, int]:
+    found = {}
+    for part in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        attribute = re.search(
+            r"EIATTR_(?:MAX|REQ)_?(?:THREADS|NTID)\s+Format:\s+\S+\s+Value:\s+((?:0x[0-9a-f]+ ?)+)", part
+        )
+        if attribute:
+            x, y, z = (int(n, 16) for n in attribute[1].split())
+            found[part.split()[0]] = x * y * z
+    return found
