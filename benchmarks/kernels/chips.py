@@ -17,6 +17,7 @@ class Chip:
     tf32_flops: float
     bandwidth: float  # of the memory, bytes a second
     shared: int  # bytes of a multiprocessor, those that the system takes of every block included
+    mma_cycles: int  # of a scheduler's tensor core, for mma.m16n8k16 in bf16 or mma.m16n8k8 in tf32
     mma_sync: float  # the part of the tensor cores' rate that mma.sync reaches; the rest takes wgmma
     source: str
 
@@ -29,6 +30,7 @@ A100 = Chip(
     156e12,
     2.039e12,
     164 * 1024,
+    8,
     1.0,
     "NVIDIA A100 Tensor Core GPU data sheet (2021)",
 )
@@ -40,6 +42,7 @@ H100 = Chip(
     494.7e12,
     3.35e12,
     228 * 1024,
+    4,
     0.629,
     "NVIDIA H100 Tensor Core GPU data sheet; mma.sync: arXiv:2402.13499",
 )
@@ -47,11 +50,8 @@ CHIPS = {chip.arch: chip for chip in (A100, H100)}
 
 # CUDA C++ Programming Guide, technical specifications per compute capability: the same for 8.0 and 9.0.
 THREADS, BLOCKS, REGISTERS = 2048, 32, 65536  # of a multiprocessor
-REGISTER_UNIT, SHARED_UNIT, SHARED_OF_SYSTEM = (
-    256,
-    128,
-    1024,
-)  # a warp's registers, a block's bytes, taken of each block
+REGISTER_UNIT = 256  # registers are given to a warp by so many
+SHARED_UNIT, SHARED_OF_SYSTEM = 128, 1024  # bytes: the unit, and what the system takes of each block
 
 
 def occupancy(chip: Chip, registers: int, threads: int, shared: int) -> tuple[int, float]:
@@ -70,8 +70,21 @@ def occupancy(chip: Chip, registers: int, threads: int, shared: int) -> tuple[in
     return blocks, blocks * warps * 32 / THREADS
 
 
-def roofline(chip: Chip, bytes_moved: float, flops: float, tf32: bool = False) -> tuple[float, str]:
-    """Seconds that a kernel of mma.sync needs at least, and which limit it is."""
+def issue_limit(chip: Chip, products: int, instructions: int) -> float:
+    """The most that the tensor cores can be busy in a loop of so many instructions, of which some are `mma.sync`: a
+    scheduler issues one instruction a cycle."""
+    return min(1.0, products * chip.mma_cycles / instructions)
+
+
+def roofline(chip: Chip, bytes_moved: float, flops: float, tf32: bool = False, busy: float = 1.0) -> tuple[float, str]:
+    """Seconds that a kernel of mma.sync needs at least, and which limit it is.
+
+    Args:
+        busy: the most that its tensor cores can be busy, from `issue_limit`.
+    """
+    reached = min(chip.mma_sync, busy)
     by_memory = bytes_moved / chip.bandwidth
-    by_tensor = flops / (chip.mma_sync * (chip.tf32_flops if tf32 else chip.tensor_flops))
-    return (by_memory, "memory") if by_memory >= by_tensor else (by_tensor, "matrix products")
+    by_tensor = flops / (reached * (chip.tf32_flops if tf32 else chip.tensor_flops))
+    if by_memory >= by_tensor:
+        return by_memory, "memory"
+    return by_tensor, "issued instructions" if busy < chip.mma_sync else "matrix products"

@@ -94,13 +94,30 @@ def section(
     loop_rows, predictions = [r[0] for r in rows], [r[1] for r in rows]
     header = (
         *("kernel", "threads", "shared memory, bytes", "blocks an SM", "occupancy", "loop"),
-        *("tensor core", "LDSM", "LDGSTS", "float", "out of line", "wavefronts a matrix"),
+        *("tensor core", "LDSM", "LDGSTS", "float", "out of line", "tensor core busy, at most", "wavefronts a matrix"),
     )
     text += f"\n### {arch}: main loops\n\n{document.table(header, loop_rows)}"
     header = ("kernel", "shape", "MB", "GFLOP", "limit", "predicted, at least")
     chip = CHIPS[arch]
     text += f"\n### {arch}: predictions for an {chip.name}, to be checked\n\n{document.table(header, predictions)}"
-    return text
+    return text + goals(
+        chip, {w.kernel: seconds for w, seconds in zip(work.all_work(), [r[2] for r in rows], strict=True)}
+    )
+
+
+def goals(chip: chips.Chip, seconds: dict[str, float]) -> str:
+    """What the predictions leave of the goals for an H100; nothing for another chip."""
+    if chip is not chips.H100:
+        return ""
+    forward, *backward = work.attention()
+    useful = 2.5 * forward.flops  # by convention: what is computed again does not count
+    ways = [
+        ("attention forward, d=128, causal, 8k, bf16", 320e12, forward.flops / seconds[forward.kernel]),
+        ("attention backward, the same", 270e12, useful / sum(seconds[w.kernel] for w in backward)),
+    ]
+    rows = [(name, f"{goal / 1e12:.0f}", f"{most / 1e12:.0f}", f"{goal / most:.0%}") for name, goal, most in ways]
+    header = ("goal", "TFLOP/s wanted", "at most by the prediction", "the goal is of it")
+    return f"\n### {chip.arch}: goals against the predictions\n\n{document.table(header, rows)}"
 
 
 def all_kernels(kernels: list[Kernel], names: dict[str, str], threads: dict[str, int]) -> str:
@@ -128,8 +145,8 @@ def row_of(
     loops: dict[str, sass.Loop | None],
     threads: dict[str, int],
     recorded: dict[str, Recorded],
-) -> tuple[tuple, tuple]:
-    """The row of the main loop and that of the prediction."""
+) -> tuple[tuple, tuple, float]:
+    """The row of the main loop, that of the prediction, and its seconds."""
     matching = [k for k in kernels if fnmatch.fnmatchcase(names[k.symbol], w.kernel)]
     if not matching:
         raise ValueError(f"work.py names the kernel {w.kernel!r}, and none is called so")
@@ -142,10 +159,16 @@ def row_of(
     mix = ["none", "", "", "", "", ""] if loop is None else [loop.length, *(_share(loop, g) for g in MIX), _aside(loop)]
     matrices = launch.get("matrices", 0)
     conflicts = f"{launch['wavefronts'] / matrices:.2f}" if matrices else "-"
-    seconds, limit = chips.roofline(chip, w.bytes, w.flops, w.tf32)
+    products = loop.number("tensor core") if loop else 0
+    busy = chips.issue_limit(chip, products, loop.length) if loop and products else 1.0
+    seconds, limit = chips.roofline(chip, w.bytes, w.flops, w.tf32, busy)
     flops = f"{w.flops / 1e9:,.0f}" if w.flops else "-"
     prediction = (name, w.shape, f"{w.bytes / 1e6:,.0f}", flops, limit, f"{seconds * 1e6:,.0f} µs")
-    return (name, block, shared, blocks, f"{occupied:.0%}", *mix, conflicts), prediction
+    return (
+        (name, block, shared, blocks, f"{occupied:.0%}", *mix, f"{busy:.0%}" if products else "-", conflicts),
+        prediction,
+        seconds,
+    )
 
 
 MIX = ("tensor core", "LDSM", "LDGSTS", "float")
