@@ -236,6 +236,21 @@ def test_a_difference_between_two_runs_fails_the_part(monkeypatch: pytest.Monkey
         proof.determinism(Record(), "cpu", ("reference",), [case_of("attention", "causal")])
 
 
+def test_the_suites_outcomes_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "test_three.py"
+    file.write_text(
+        "import pytest\n@pytest.mark.parametrize('n', [1, 2, 3])\ndef test(n):\n"
+        "    if n == 2: pytest.skip('not here')\n    assert n != 3\n"
+    )
+    record = Record()
+    table = record.table("Tests", ("backend", "passed", "skipped", "failed"))
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={tmp_path}"]
+    assert proof.run_tests(record, table, "some", [*options, str(file)]) == 1
+    assert table.rows == [["some", 1, 1, 1]] and "test[3] FAILED" in record.content["notes"][0]
+    assert proof.run_tests(record, table, "none", [*options, str(tmp_path / "absent.py")]) == 1
+    assert "pytest ended with 4" in record.content["notes"][-1]
+
+
 def test_ceilings_and_ops(tmp_path: Path) -> None:
     record = Record(tmp_path / f"{speed.NAME}.json")
     speed.ceilings(record, "cpu", size=64, copied=1 << 16)

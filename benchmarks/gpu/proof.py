@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import fastlm
-from benchmarks.gpu.record import LeftOut, Record, write
+from benchmarks.gpu.record import LeftOut, Record, Table, write
 from fastlm import ops
 from fastlm.bench.ops import modes_of, numbers, op_name
 from fastlm.bench.peers import Peer
@@ -73,34 +73,43 @@ def conformance(record: Record) -> None:
 def op_suite(record: Record) -> None:
     """tests/test_ops.py on the backends cuda and triton."""
     gpu()
-    table = record.table("Tests", ("backend", "result"))
-    failed = []
+    table = record.table("Tests", ("backend", "passed", "skipped", "failed"))
+    failed = 0
     for backend in BACKENDS:
         reason = registry.unavailable(backend)
         if reason is not None:
             record.note(f"{backend}: {reason}")
             continue
         choose = f"test_against_float64 and {backend}"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/test_ops.py",
-            "-q",
-            "--no-header",
-            "-k",
-            choose,
-            "--maxfail=20",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        for line in done.stdout.splitlines():
-            if line.startswith(("FAILED", "ERROR")):
-                record.note(line)
-        table.add(backend, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else reason_of_text(done.stderr))
-        if done.returncode != 0:
-            failed.append(backend)
+        failed += run_tests(record, table, backend, ["tests/test_ops.py", "-k", choose, "--maxfail=20"])
     if failed:
-        raise RuntimeError(f"the suite fails on {' and '.join(failed)}")
+        raise RuntimeError(f"{failed} tests fail")
+
+
+def run_tests(record: Record, table: Table, name: str, arguments: Sequence[str]) -> int:
+    """pytest, with a row of counts that grows while it runs. Returns how many tests failed; a run that ends before any
+    test is one failure too."""
+    counts = {"PASSED": 0, "SKIPPED": 0, "FAILED": 0, "ERROR": 0}
+    table.add(name, 0, 0, 0)
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", *arguments]
+    last = ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last = line.strip() or last
+            outcome = re.search(r"::\S.* (PASSED|SKIPPED|FAILED|ERROR)\b", line)
+            if outcome is None:
+                continue
+            counts[outcome[1]] += 1
+            if outcome[1] in ("FAILED", "ERROR"):
+                record.note(line.strip())
+            table.rows[-1] = [name, counts["PASSED"], counts["SKIPPED"], counts["FAILED"] + counts["ERROR"]]
+            record.save()
+    failed = counts["FAILED"] + counts["ERROR"]
+    if process.returncode != 0 and not failed:
+        record.note(f"{name}: pytest ended with {process.returncode}: {last}")
+        return 1
+    return failed
 
 
 def reason_of_text(text: str) -> str:
