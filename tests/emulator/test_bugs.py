@@ -269,15 +269,22 @@ def test_right_kernels_are_clean(
     assert result.stderr == ""
 
 
-# Programs of small cases (kernels/sanitize_<name>.cpp), and the folders of csrc whose kernels they run.
-OPS = {"layer_norm": ["layer_norm"], "attention": ["attention"], "gemm": ["gemm", "cross_entropy"]}
+# Programs of small cases (kernels/sanitize_<name>.cpp), and the files of csrc whose kernels they run.
+OPS = {
+    "layer_norm": ["layer_norm/*.cu"],
+    "attention": ["attention/*_sm80.cu"],
+    "decode_attention": ["attention/decode.cu"],
+    "gemm": ["gemm/*.cu", "cross_entropy/*.cu"],
+    "tokens": ["rotary/*.cu", "embedding/*.cu", "sampling/*.cu"],
+    "optimizer": ["optimizer/*.cu"],
+}
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "random"])
 @pytest.mark.parametrize("flavour", ["address", "thread"])
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_is_clean(name: str, flavour: str, schedule: str) -> None:
-    sources = [source for folder in OPS[name] for source in sorted((build.CSRC / folder).glob("*.cu"))]
+    sources = [source for files in OPS[name] for source in sorted(build.CSRC.glob(files))]
     program = compile_program(name, flavour, harness.KERNELS / f"sanitize_{name}.cpp", *sources)
     result = run_program(program, *(["wide"] if flavour == "address" else []), schedule=schedule)
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
