@@ -27,8 +27,10 @@ int64_t row_of(const DecodeAttention& p, int64_t b, int64_t j) {
 }
 
 // out[b, t, head], computed in float64.
-std::vector<double> attend(const DecodeAttention& p, const Tensor& q, const Tensor& k, const Tensor& v, int64_t b, int64_t t, int64_t head) {
-  const int64_t length = std::min<int64_t>(p.lengths[b], p.capacity), i = length - p.rows + t, kv_head = head / (p.heads / p.kv_heads);
+std::vector<double> attend(const DecodeAttention& p, const Tensor& q, const Tensor& k, const Tensor& v, int64_t b, int64_t t,
+                           int64_t head) {
+  const int64_t length = std::min<int64_t>(p.lengths[b], p.capacity), i = length - p.rows + t;
+  const int64_t kv_head = head / (p.heads / p.kv_heads);
   const int64_t query = ((b * p.rows + t) * p.heads + head) * p.width;
   std::vector<double> out(p.width);
   double all = 0.0;

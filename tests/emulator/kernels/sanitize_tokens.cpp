@@ -152,8 +152,8 @@ void sample(DType type, int64_t rows, int64_t vocabulary, const Filters& f, bool
   for (int64_t row = 0; row < rows; row++) {
     std::vector<float> x;
     for (int64_t i = 0; i < vocabulary; i++) x.push_back(logits[row * stride + i]);
-    const uint64_t random =
-        state_a_row ? random_bits(0, state[2 * row], state[2 * row + 1]) : random_bits(static_cast<uint32_t>(row), state[0], state[1]);
+    const uint64_t random = state_a_row ? random_bits(0, state[2 * row], state[2 * row + 1])
+                                        : random_bits(static_cast<uint32_t>(row), state[0], state[1]);
     const int64_t wanted = rows > 1 && row + 1 == rows ? -1 : drawn(x, f, random);
     if (ids[row] == wanted) continue;
     throw std::runtime_error("sample: row " + std::to_string(row) + " is " + std::to_string(ids[row]) + ", wanted " +
@@ -183,7 +183,7 @@ int main(int arguments, char**) {
       embedding_backward(f16, 131, 0);
       sample(f32, 2, 37, {0.0f, 0, 1.0, none}, false);
       sample(bf16, 3, 1, {1.0f, 0, 1.0, none}, true);
-      sample(f16, 3, 1027, {1.3f, 9, 0.6, -0.2f}, true);
+      sample(f16, 9, 1027, {1.3f, 70, 0.6, -0.2f}, true);
       sample(bf16, 2, 2100, {0.5f, 0, 1.0, -1.0f}, false);
     }
   } catch (const std::exception& e) {

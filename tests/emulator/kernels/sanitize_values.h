@@ -74,6 +74,7 @@ inline void compare(const std::string& name, const Tensor& got, const std::vecto
   for (int64_t i = 0; i < got.numel; i++) {
     const double g = got[i], w = wanted[static_cast<size_t>(i)];
     if (std::isnan(g) ? std::isnan(w) : std::abs(g - w) <= tolerance * std::max(1.0, std::abs(w))) continue;
-    throw std::runtime_error(name + ": element " + std::to_string(i) + " is " + std::to_string(g) + ", wanted " + std::to_string(w));
+    throw std::runtime_error(name + ": element " + std::to_string(i) + " is " + std::to_string(g) + ", wanted " +
+                             std::to_string(w));
   }
 }
