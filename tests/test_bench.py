@@ -141,7 +141,7 @@ def test_the_textbook_model_computes_what_ours_does(sdpa: bool, bias: bool) -> N
 
 
 def test_the_textbook_model_is_gpt2_only() -> None:
-    with pytest.raises(ValueError, match="position must be 'learned', got 'rotary'"):
+    with pytest.raises(ValueError, match="activation must be gelu or gelu_tanh, got 'swiglu'"):
         TextbookGPT(fastlm.GPTConfig.preset("llama-nano", norm="layer_norm"))
 
 
