@@ -280,6 +280,11 @@ OPS = {
 }
 
 
+def test_every_kernel_is_in_a_program_for_the_sanitizers() -> None:
+    listed = {source for files in OPS.values() for pattern in files for source in build.CSRC.glob(pattern)}
+    assert listed == set(build.CSRC.rglob("*.cu"))
+
+
 @pytest.mark.parametrize("schedule", ["fifo", "random"])
 @pytest.mark.parametrize("flavour", ["address", "thread"])
 @pytest.mark.parametrize("name", OPS)
