@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -221,8 +222,9 @@ def main() -> None:
         if name not in RUNS:
             parser.error(f"there is no run {name!r}; the runs are: {', '.join(RUNS)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
+    data = os.path.relpath(options.data, ROOT)  # as it is recorded; the commands run in ROOT
     for name in names:
-        result = execute(name, options.data, options.set)
+        result = execute(name, data, options.set)
         if not options.set:
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             write_page()
