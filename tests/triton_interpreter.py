@@ -1,4 +1,4 @@
-"""Triton's interpreter, corrected in bfloat16, so that a kernel's rounding under it is that of a GPU.
+"""Triton's interpreter, corrected in bfloat16, so that a kernel's rounding under it is that of a GPU, and with new NumPy.
 
 As it comes (3.9), it multiplies matrices of bfloat16 as if their bits were integers, and cuts bfloat16 off where a GPU
 rounds to the nearest. It holds bfloat16 as uint16.
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def correct() -> None:
-    """Replace the two conversions and the matrix product; once, and only where kernels are interpreted."""
+    """Replace what is wrong; once, and only where kernels are interpreted."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     try:
@@ -22,6 +22,7 @@ def correct() -> None:
     except ImportError:  # then no test runs a kernel
         return
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    patch = interpreter._patch_lang_tensor
 
     def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
         if source == tl.float32 and target == tl.bfloat16:
@@ -35,6 +36,11 @@ def correct() -> None:
             a, b = (interpreter.TensorHandle(_to_float32(t.data), tl.float32) for t in (a, b))
         return dot(self, a, b, d, *rest)
 
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)  # NumPy 2.4 no longer makes a number of an array of one element, which Triton 3.6 asks for
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
 
