@@ -1,4 +1,4 @@
-"""Triton's interpreter, corrected in bfloat16, so that a kernel's rounding under it is that of a GPU, and with new NumPy.
+"""Triton's interpreter, corrected in bfloat16 (a kernel's rounding under it is that of a GPU) and for new NumPy.
 
 As it comes (3.9), it multiplies matrices of bfloat16 as if their bits were integers, and cuts bfloat16 off where a GPU
 rounds to the nearest. It holds bfloat16 as uint16.
