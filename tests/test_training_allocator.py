@@ -21,7 +21,8 @@ def faults():
 torch.ones(16 << 20)
 default = faults()
 assert keep_freed_memory()
-faults()
+for _ in range(3):
+    faults()
 print(default, faults())
 """
 
@@ -31,4 +32,4 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     default, kept = map(int, done.stdout.split())
     assert default > 1000, "the measurement shows nothing: the default does not fault either"
-    assert kept < default / 100
+    assert kept <= default / 4  # five tensors; the heap may have to grow for one of them once more
