@@ -238,7 +238,7 @@ def test_bad_input(tmp_path, one_thread):
     out = CliRunner().invoke(app, ["classify", str(model), "--text", "a"])
     assert out.exit_code == 1 and "wanted a fastlm-classifier" in out.output
     out = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
-    assert out.exit_code == 1 and "only pretraining is resumed" in out.output
+    assert out.exit_code == 1 and "fastlm finetune --resume" in out.output
     out = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "a"])
     assert out.exit_code == 1 and "fastlm-classifier" in out.output
     CharTokenizer("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKL. ").save(model)

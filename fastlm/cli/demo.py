@@ -127,7 +127,7 @@ def demo(
     if result.reason.startswith("SIG"):
         from fastlm.cli.train import report
 
-        report(result, run, console)
+        report(result, run, "train", console)
     _score(run, console)
     _sample(run, "    def __init__(self" if data is None else "", seed, console)
     console.print(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastlm.training import TrainResult
 
 
 def train(
@@ -26,8 +31,9 @@ def train(
     from rich.console import Console
 
     from fastlm.training import load_config, resume_run, start_run
+    from fastlm.training.config import override
 
-    overrides = [*(set_ or []), *([f"data.path='{data}'"] if data else [])]
+    overrides = [*(set_ or []), *([override("data.path", data)] if data else [])]
     if (out is None) == (resume is None):
         raise typer.BadParameter("give either --out (a new run) or --resume (an old one)")
     if resume is not None:
@@ -39,11 +45,13 @@ def train(
         assert out is not None
         run = out
         result = start_run(load_config(config, overrides), run)
-    report(result, run, Console(quiet=os.environ.get("RANK", "0") != "0"))  # one of torchrun's processes speaks
+    report(
+        result, run, "train", Console(quiet=os.environ.get("RANK", "0") != "0")
+    )  # one of torchrun's processes speaks
 
 
-def report(result, run: Path, console) -> None:  # type: ignore[no-untyped-def] # TrainResult, Console: imported late
-    """Say how the run ended; a run stopped by a signal exits with 128 + its number, as a shell reports it."""
+def report(result: TrainResult, run: Path, command: str, console: Console) -> None:
+    """Say how a run of the command ended; stopped by a signal it exits with 128 + its number, as a shell reports it."""
     import signal
 
     losses = "" if result.train_loss is None else f"  loss {result.train_loss:.4f}"
@@ -53,5 +61,7 @@ def report(result, run: Path, console) -> None:  # type: ignore[no-untyped-def] 
     )
     console.print(f"run: {run}", highlight=False, soft_wrap=True)
     if result.reason.startswith("SIG"):
-        console.print(f"stopped and saved; go on with: fastlm train --resume {run}", highlight=False, soft_wrap=True)
+        console.print(
+            f"stopped and saved; go on with: fastlm {command} --resume {run}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(128 + signal.Signals[result.reason].value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ class ExampleLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.block_size = max(len(ids) for ids in self.sequences)
         self.samples = 0
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        for ids in self.sequences:
+            digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+        self._digest = digest.hexdigest()
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -62,15 +67,21 @@ class ExampleLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
-        return {"samples": self.samples, "seed": self.seed, "examples": len(self.sequences)}
+        return {
+            "samples": self.samples,
+            "seed": self.seed,
+            "examples": len(self.sequences),
+            "digest": self._digest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken."""
+        """Go on where the state was taken; ValueError where it belongs to other examples or another seed."""
         mine = self.state_dict()
-        for key in ("seed", "examples"):
-            if state[key] != mine[key]:
+        for key in ("seed", "examples", "digest"):
+            if state.get(key) != mine[key]:
                 raise ValueError(
-                    f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
+                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
+                    "not the same data"
                 )
         self.samples = state["samples"]
 

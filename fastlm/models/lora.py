@@ -80,6 +80,14 @@ def has_lora(model: nn.Module) -> bool:
     return bool(_layers(model))
 
 
+def rank_and_alpha(model: nn.Module) -> tuple[int, float]:
+    """Of a model's adapters; (0, 0.0) without."""
+    for layer in _layers(model).values():
+        rank = next(iter(layer.lora_A.values())).shape[0]
+        return rank, layer.scale * rank
+    return 0, 0.0
+
+
 def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | None = None) -> None:
     """Write a folder that `load_lora` and peft's `PeftModel.from_pretrained` load.
 
@@ -99,15 +107,14 @@ def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | No
         for part in layer.parts:
             for which, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
                 tensors[f"{_PEFT}{part_name(model, part)}.{which}.weight"] = matrices[part].detach().cpu().contiguous()
-    first = next(iter(layers.values()))
-    rank = next(iter(first.lora_A.values())).shape[0]
+    rank, alpha = rank_and_alpha(model)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "task_type": None,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": first.scale * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(part_name(model, part) for layer in layers.values() for part in layer.parts),
         "fan_in_fan_out": folder_kind(model.config) == "gpt2",

@@ -31,7 +31,8 @@ class LoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.parts, self.scale = parts, alpha / rank
+        self.parts = dict(sorted(parts.items(), key=lambda part: part[1]))  # one order, so that sums have the same bits
+        self.scale = alpha / rank
         options: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         self.lora_A = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(rank, self.in_features, **options)) for name in parts}
@@ -59,7 +60,7 @@ class LoRALinear(nn.Linear):
             return self.weight
         change = [torch.zeros_like(self.weight[:0])]
         at = 0
-        for name, (begin, end) in sorted(self.parts.items(), key=lambda part: part[1]):
+        for name, (begin, end) in self.parts.items():
             change.append(self.weight.new_zeros(begin - at, self.in_features))
             change.append(self.lora_B[name] @ self.lora_A[name] * self.scale)
             at = end

@@ -18,8 +18,9 @@ from fastlm.data.special import special_ids
 from fastlm.data.tables import read_table
 from fastlm.evaluation.classes import ClassScore, plot_confusion, score_classes
 from fastlm.models.classifier import Classifier, ClassifierConfig
+from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
-from fastlm.tasks.pretrained import open_pretrained, trained_model
+from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.run import Loaders, choose_checkpoint
@@ -69,17 +70,31 @@ class Task:
         self._train, self._val, self._test = train, val, test
 
     def make_model(self) -> Classifier:
-        """The model with a new head; sets training.steps from the epochs."""
+        """The model with a new head."""
         settings = self._settings
         model = trained_model(self._folder, self._config.lora, settings.dropout, settings.from_scratch)
-        pooling = settings.pooling
+        return Classifier(model, self._head(model)).train()
+
+    def open_model(self, path: Path) -> Classifier:
+        """Of a checkpoint; ValueError where the settings or the classes are other ones."""
+        model = Classifier.from_pretrained(path)
+        check_adapters(model.backbone, self._config.lora, path)
+        if model.config != self._head(model.backbone):
+            raise ValueError(
+                f"the checkpoint {path} has another head than the settings and the data ask for: {model.config}, "
+                f"not {self._head(model.backbone)}"
+            )
+        return model
+
+    def _head(self, model: GPT | Encoder) -> ClassifierConfig:
+        settings, pooling = self._settings, self._settings.pooling
         if pooling == "auto":
             pooling = "last" if isinstance(model, GPT) else "mean"
         weights = class_weights(settings.class_weights, [label for _, label in self._train], self.labels)
-        return Classifier(model, ClassifierConfig(self.labels, pooling, settings.head_dropout, weights)).train()
+        return ClassifierConfig(self.labels, pooling, settings.head_dropout, weights)
 
     def loaders(self, model: Classifier, group: Processes) -> Loaders:
-        """The examples, packed."""
+        """The examples, packed; sets training.steps from the epochs."""
         t = self._config.training
         if self._settings.epochs > 0:
             batch = t.batch_size * t.grad_accum * group.world_size

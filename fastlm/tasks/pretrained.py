@@ -10,9 +10,19 @@ from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.huggingface.load import read_config
-from fastlm.models.lora import add_lora, has_lora, merge, remove_lora
+from fastlm.models.lora import add_lora, has_lora, merge, rank_and_alpha, remove_lora
 from fastlm.training.config import LoraConfig
 from fastlm.training.loading import check_vocabulary, find_model
+
+
+def check_adapters(model: GPT | Encoder, lora: LoraConfig, where: Path) -> None:
+    """ValueError where the adapters in a checkpoint are other ones than the settings ask for."""
+    rank, alpha = rank_and_alpha(model)
+    if rank != lora.rank or (rank and alpha != lora.alpha):
+        raise ValueError(
+            f"the checkpoint {where} has LoRA adapters of rank {rank} and alpha {alpha:g}, the settings ask for rank "
+            f"{lora.rank} and alpha {lora.alpha:g}; rank 0 means none"
+        )
 
 
 def open_pretrained(path: Path, which: str = "best") -> tuple[Path, Tokenizer]:

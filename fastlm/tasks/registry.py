@@ -3,7 +3,7 @@
 To add a task: a module in `fastlm/tasks/` and its line in TASKS. The module has a class `Task`:
     Settings: a dataclass; its fields are the keys of the config's [task] section, beside `name` and `model`.
     __init__(self, model: Path, settings: Settings, config: RunConfig): read the data, check everything.
-    tokenizer, make_model(), loaders(model, group): a `fastlm.training.run.Source`.
+    tokenizer, make_model(), open_model(path), loaders(model, group): a `fastlm.training.run.Source`.
     finish(self, run: Path) -> dict: after training, the metrics of the best checkpoint, as JSON can hold them.
 """
 
@@ -16,9 +16,10 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastlm.training.checkpoint import replace_text
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.progress import Display
-from fastlm.training.run import Source, start_run
+from fastlm.training.run import RunDoneError, Source, choose_checkpoint, continue_run, run_config, start_run
 from fastlm.training.trainer import TrainResult
 
 TASKS = {
@@ -32,7 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"lr": 5e-5, "batch_size": 32, "warmup_steps": 20, "schedule": "linear", "min_lr_ratio": 0.0},
     "optimizer": {"beta2": 0.999, "weight_decay": 0.01},
     "evaluation": {"every": 50, "windows": 10_000},
-    "checkpoint": {"every": 0, "keep_last": 1},
+    "checkpoint": {"every": 100, "keep_last": 1},
 }
 
 
@@ -53,6 +54,8 @@ def make_task(config: RunConfig) -> Task:
     """
     fields = dict(config.task)
     name, model = fields.pop("name", None), fields.pop("model", None)
+    if name is None:
+        raise ValueError(f"task.name is missing (--task); the tasks are: {', '.join(TASKS)}")
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -72,8 +75,38 @@ def finetune(
     """
     task = make_task(config)
     result = start_run(config, run, display=display, source=task)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one evaluates
-        return result, {}
-    metrics = task.finish(Path(run))
-    (Path(run) / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    return result, metrics
+    return result, _finish(task, Path(run), result)
+
+
+def resume(
+    run: str | Path, *, overrides: tuple[str, ...] = (), display: Display | None = None
+) -> tuple[TrainResult, dict[str, Any]]:
+    """Go on with a run of `finetune`, as `fastlm.training.resume_run` does with one of pretraining: exactly.
+
+    A run that did all its steps and was killed before its metrics were written gets those.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resume_run`, and as `make_task`.
+    """
+    run = Path(run)
+    config = run_config(run, overrides)
+    if not config.task:
+        raise ValueError(f"{run} is a run of pretraining: go on with it by `fastlm train --resume {run}`")
+    task = make_task(config)
+    try:
+        result = continue_run(config, run, display=display, source=task)
+    except RunDoneError:
+        if (run / METRICS).is_file():
+            raise
+        last, best = choose_checkpoint(run, "last"), choose_checkpoint(run, "best")
+        result = TrainResult("done", last.step, None, last.val_loss, best.val_loss, 0.0)
+    return result, _finish(task, run, result)
+
+
+def _finish(task: Task, run: Path, result: TrainResult) -> dict[str, Any]:
+    """The metrics of a run that has come to its end; none yet of one that a signal stopped."""
+    if result.reason.startswith("SIG") or os.environ.get("RANK", "0") != "0":  # of several processes one evaluates
+        return {}
+    metrics = task.finish(run)
+    replace_text(run / METRICS, json.dumps(metrics, indent=1) + "\n")
+    return metrics

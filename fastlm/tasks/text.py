@@ -12,7 +12,8 @@ from fastlm.data.loader import read_manifest
 from fastlm.data.pipeline import PrepareOptions, prepare_files
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
-from fastlm.tasks.pretrained import open_pretrained, trained_model
+from fastlm.models.huggingface import model_from_pretrained
+from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.journal import read_journal
@@ -51,6 +52,14 @@ class Task:
     def make_model(self) -> GPT | Encoder:
         """The pretrained model, with adapters where the config asks for them."""
         return trained_model(self._folder, self._config.lora, self._settings.dropout)
+
+    def open_model(self, path: Path) -> GPT | Encoder:
+        """Of a checkpoint; ValueError where its adapters are other ones."""
+        model = model_from_pretrained(path)
+        if not isinstance(model, (GPT, Encoder)):
+            raise ValueError(f"{path} holds a {type(model).__name__}, wanted a GPT or an Encoder")
+        check_adapters(model, self._config.lora, path)
+        return model
 
     def loaders(self, model: GPT | Encoder, group: Processes) -> Loaders:
         """Windows of the text."""

@@ -28,7 +28,7 @@ from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.seq2seq import EncoderDecoder
-from fastlm.tasks.pretrained import open_pretrained, trained_model
+from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.run import Loaders, choose_checkpoint
@@ -99,11 +99,24 @@ class Task:
             if not isinstance(model, GPT):
                 raise ValueError(f"{self._folder} is a masked model, and translation needs a causal one")
             return model
-        fields = {**self._config.model, "vocab_size": self.tokenizer.vocab_size}
-        preset = fields.pop("preset", None)
-        config = GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
+        config = self._new_config()
         self._config.model = config.to_dict()
         return GPT(config) if self._settings.architecture == "decoder" else EncoderDecoder(config)
+
+    def open_model(self, path: Path) -> GPT | EncoderDecoder:
+        """Of a checkpoint; ValueError where the settings are of another model."""
+        model = open_translator(path)
+        wanted: type = EncoderDecoder if self._settings.architecture == "encoder-decoder" else GPT
+        if not isinstance(model, wanted) or (self._is_new and model.config != self._new_config()):
+            raise ValueError(f"the checkpoint {path} is of another model than the one in the run's settings")
+        if isinstance(model, GPT):
+            check_adapters(model, self._config.lora, path)
+        return model
+
+    def _new_config(self) -> GPTConfig:
+        fields = {**self._config.model, "vocab_size": self.tokenizer.vocab_size}
+        preset = fields.pop("preset", None)
+        return GPTConfig.preset(preset, **fields) if preset else GPTConfig.from_dict(fields)
 
     def loaders(self, model: GPT | EncoderDecoder, group: Processes) -> Loaders:
         """The pairs; sets training.steps from the epochs."""

@@ -212,6 +212,14 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one step, so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every generator that training may draw from: Python, NumPy, torch on the CPU and on each GPU."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

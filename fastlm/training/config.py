@@ -267,6 +267,11 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         return section, key, raw.strip()
 
 
+def override(name: str, value: object) -> str:
+    """What `parse_override` reads as this name and the text of this value, whatever quotes are in it."""
+    return f"{name}={json.dumps(str(value), ensure_ascii=False)}"
+
+
 def config_to_toml(config: RunConfig) -> str:
     """The whole config as TOML, every default written out."""
     lines: list[str] = []

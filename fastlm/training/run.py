@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import fastlm
-from fastlm.data import MaskedLoader, TokenData, Tokenizer, WindowLoader, dataset_tokenizer
+from fastlm.data import MaskedLoader, TokenData, Tokenizer, WindowLoader, dataset_tokenizer, load_tokenizer
 from fastlm.data.batches import Loader
 from fastlm.data.loader import read_manifest
 from fastlm.data.masking import Masker
@@ -30,7 +30,7 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
-from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, flush_to_disk
+from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, replace_text
 from fastlm.training.config import RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
@@ -54,9 +54,18 @@ class Source(Protocol):
         """The model, on the CPU (see `Trainer` for what it has to have)."""
         ...
 
-    def loaders(self, model: Any, group: Processes) -> Loaders:
-        """Where this process takes its batches from: for training and, if there is any, for validation."""
+    def open_model(self, path: Path) -> Any:
+        """The model in a checkpoint of the run; ValueError where it is another one than `make_model` makes."""
         ...
+
+    def loaders(self, model: Any, group: Processes) -> Loaders:
+        """Where this process takes its batches from: for training and, if there is any, for validation. Sets
+        training.steps in the config where they follow from the data."""
+        ...
+
+
+class RunDoneError(ValueError):
+    """There is nothing left to train in a run."""
 
 
 def start_run(
@@ -86,14 +95,14 @@ def start_run(
         if group.is_first:
             run.mkdir(parents=True, exist_ok=True)
             source.tokenizer.save(run / "tokenizer")
-            _write_config(config, run)
+            replace_text(run / CONFIG, config_to_toml(config))
         trainer = _trainer(model, config, source.tokenizer, loaders, run, group, display)
         trainer.journal.write("start", step=0, **_about(trainer))
         return _fit(trainer, run)
 
 
 def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Display | None = None) -> TrainResult:
-    """Go on with a run from its newest checkpoint, as if it had never stopped.
+    """Go on with a run of pretraining from its newest checkpoint, as if it had never stopped.
 
     Args:
         overrides: settings to change, as "training.steps=2000". A run resumed with none of them is bit for bit the run
@@ -102,29 +111,48 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     Raises:
         FileNotFoundError, ValueError: no run, no whole checkpoint, or other data than the run was started with.
     """
-    run = Path(run)
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
-    config = load_config(run / CONFIG, overrides)
+    config = run_config(run, overrides)
     if config.task:
-        raise ValueError(
-            f"{run} is a fine-tuning run ({config.task.get('name')}), and only pretraining is resumed: start it anew"
-        )
+        raise ValueError(f"{run} is a fine-tuning run: go on with it by `fastlm finetune --resume {run}`")
+    return continue_run(config, run, display=display)
+
+
+def run_config(run: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The settings of a run, and changes to them."""
+    if not (Path(run) / CONFIG).is_file():
+        raise FileNotFoundError(f"{run} is not a run: it has no {CONFIG}")
+    return load_config(Path(run) / CONFIG, overrides)
+
+
+def continue_run(
+    config: RunConfig, run: str | Path, *, display: Display | None = None, source: Source | None = None
+) -> TrainResult:
+    """`resume_run` with settings that have been read, and any source.
+
+    Raises:
+        RunDoneError: the run has done all its steps.
+    """
+    run = Path(run)
     check_installed(config.logging)
-    checkpoint = _checkpoint_to_resume(run, config)
+    checkpoint = _newest_checkpoint(run)
     with processes(config.training.device) as (group, device):
-        source = Pretraining(config)
-        model = model_from_pretrained(checkpoint.model_path).to(resolve_device(device))
-        if model.config != make_model_config(config, source.tokenizer):
-            raise ValueError(f"the checkpoint {checkpoint.path} is of another model than the one in {run / CONFIG}")
+        source = source or Pretraining(config)
+        if source.tokenizer.fingerprint != load_tokenizer(run / "tokenizer").fingerprint:
+            raise ValueError(f"the tokenizer in {run} is another one than that of the data and the model")
+        model = source.open_model(checkpoint.model_path).to(resolve_device(device))
         loaders = source.loaders(model, group)
+        if checkpoint.step >= config.training.steps:
+            raise RunDoneError(
+                f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
+                "to train longer, set training.steps (or task.epochs) higher"
+            )
         group.barrier()  # every process has found the checkpoint before the first one goes on
         trainer = _trainer(
             model, config, source.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step
         )
         trainer.load_checkpoint(checkpoint)
         if group.is_first:
-            _write_config(config, run)
+            replace_text(run / CONFIG, config_to_toml(config))
         trainer.journal.write("resume", step=checkpoint.step, **_about(trainer))
         return _fit(trainer, run)
 
@@ -144,9 +172,7 @@ def check_free(run: Path) -> None:
     if run.is_file():
         raise FileExistsError(f"{run} is a file, wanted a folder for the run")
     if (run / CONFIG).exists():
-        raise FileExistsError(
-            f"{run} has a run already: choose another folder, or go on with it (fastlm train --resume {run})"
-        )
+        raise FileExistsError(f"{run} has a run already: choose another folder, or go on with it (--resume {run})")
     if run.is_dir() and any(p.name != "data" for p in run.iterdir()):
         raise FileExistsError(f"the folder {run} is not empty: choose another one for the run")
 
@@ -176,14 +202,6 @@ def make_model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig | En
     return kind.preset(preset, **fields) if preset else kind.from_dict(fields)
 
 
-def _write_config(config: RunConfig, run: Path) -> None:
-    """In one step, so that a crash leaves the old one or the new one."""
-    temporary = run / f".{CONFIG}.tmp"
-    temporary.write_text(config_to_toml(config), encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, run / CONFIG)
-
-
 class Pretraining:
     """A `Source`: the dataset of a run, its tokenizer, and a new model over its vocabulary."""
 
@@ -204,6 +222,13 @@ class Pretraining:
         if isinstance(model_config, LSTMConfig):
             return LSTMLM.from_config(model_config)
         return GPT(model_config) if isinstance(model_config, GPTConfig) else Encoder(model_config)
+
+    def open_model(self, path: Path) -> GPT | Encoder | LSTMLM:
+        """Of a checkpoint; ValueError where the config is of another one."""
+        model = model_from_pretrained(path)
+        if model.config != make_model_config(self._config, self.tokenizer):
+            raise ValueError(f"the checkpoint {path} is of another model than the one in the run's {CONFIG}")
+        return model
 
     def loaders(self, model: GPT | Encoder | LSTMLM, group: Processes) -> Loaders:
         """Of the training split and, where there is one, the validation split; ValueError where a text is too short."""
@@ -255,19 +280,14 @@ def _stream_loaders(
         raise ValueError(f"validation split of {config.data.path}: {e}") from None
 
 
-def _checkpoint_to_resume(run: Path, config: RunConfig) -> Checkpoint:
+def _newest_checkpoint(run: Path) -> Checkpoint:
     checkpoints = find_checkpoints(run / "checkpoints")
     if not checkpoints:
         raise FileNotFoundError(
-            f"{run} has no checkpoint to resume from: it stopped before the first was written; start it anew"
+            f"{run} has no checkpoint to resume from: it stopped before the first was written; remove the folder and "
+            "start it anew"
         )
-    checkpoint = checkpoints[-1]
-    if checkpoint.step >= config.training.steps:
-        raise ValueError(
-            f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
-            "to train longer, set training.steps higher"
-        )
-    return checkpoint
+    return checkpoints[-1]
 
 
 def _trainer(
