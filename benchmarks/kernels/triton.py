@@ -1,7 +1,8 @@
 """Compile every Triton kernel in every configuration that it can choose, for every architecture, without a GPU.
 
 Fails on a spill, on more shared memory than there is, and where a kernel that must use the tensor cores or the TMA of a
-Hopper GPU does not.
+Hopper GPU does not. What came out is kept in benchmarks/kernels/triton.json after every kernel, so that the command
+goes on where it was interrupted and compiles only what was changed. When all is there, it writes docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from benchmarks.kernels import document
+from benchmarks.kernels import document, record
 
 # kernel -> instructions that its code for sm_90 must have, in each configuration with tensor descriptors
 HOPPER = ("wgmma.mma_async", "cp.async.bulk.tensor")
@@ -26,46 +28,92 @@ def main(arguments: Sequence[str]) -> int:
         print("TRITON_INTERPRET is left aside: it would keep Triton from compiling")
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        return _run(options)
+        return _check(options) if options.check else _renew(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     from fastlm.ops.triton_support.target import ARCHITECTURES
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels triton", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels triton",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--op", nargs="+", default=[], help="only these ops (then nothing is recorded)")
+    parser.add_argument("--op", nargs="+", default=[], help="only these ops")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--check", action="store_true", help="hold the record to the kernels; write nothing")
     parser.add_argument("--verbose", action="store_true", help="a line for each kernel that was compiled")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _renew(options: argparse.Namespace) -> int:
+    """Compile what the record lacks, storing each result at once."""
     from fastlm.ops.triton_support import ahead
 
-    compiled, failures = [], []
+    known = record.load()
+    wanted, failures = [], []
     for arch in options.arch:
         launches = list(ahead.launches(arch, options.op))
-        print(f"{arch}: {len(launches)} kernels", flush=True)
-        for done in ahead.compile_all(launches, arch, options.jobs):
-            compiled.append(done)
-            problem = done.problem() or _missing(done)
+        missing = [launch for launch in launches if not known.has(arch, launch)]
+        print(f"{arch}: {len(launches)} kernels, {len(missing)} to compile", flush=True)
+        wanted += [(arch, *launch.identity) for launch in launches]
+        for done in ahead.compile_all(missing, arch, options.jobs):
+            problem = done.problem() or lacks(done)
             if problem:
                 failures.append(f"{arch} {done.kernel} ({done.config}), {done.example}: {problem}")
+            else:
+                known.add(done)
             if problem or options.verbose:
                 line = f"  {done.kernel} ({done.config}) {done.example}: {done.registers} registers, {done.shared} B"
                 print(f"{line} {problem or ''}", flush=True)
     if failures:
-        print(f"{len(failures)} of {len(compiled)} kernels must not be used:", *failures, sep="\n  ", file=sys.stderr)
+        print(f"{len(failures)} kernels must not be used:", *failures, sep="\n  ", file=sys.stderr)
         return 1
     complete = not options.op and options.arch == _parser().parse_args([]).arch
     if complete:
-        document.replace_section("triton", report(compiled))
-    print(f"{len(compiled)} kernels, no spills" + (f"; written to {document.PATH.name}" if complete else ""))
+        known.keep(wanted)
+        document.replace_section("triton", report(known.kernels.values(), known.triton))
+    print(f"{len(wanted)} kernels, no spills" + (f"; written to {document.PATH.name}" if complete else ""))
     return 0
 
 
-def _missing(done) -> str | None:
+def _check(options: argparse.Namespace) -> int:
+    """The record is of these very kernels; and the first launch of each kernel is compiled again, and compared."""
+    from fastlm.ops.triton_support import ahead
+
+    known, failures, count = record.load(), [], 0
+    for arch in options.arch:
+        launches = list(ahead.launches(arch, options.op))
+        for launch in launches:
+            if not known.has(arch, launch, any_version=True):
+                failures.append(f"{arch} {launch.kernel.label} ({launch.config}), {launch.example}: not in the record")
+        names = {(arch, *launch.identity) for launch in launches}
+        for done in known.kernels.values():
+            if done.problem() or lacks(done):
+                failures.append(f"{arch} {done.kernel} ({done.config}): {done.problem() or lacks(done)}")
+            if done.arch == arch and not options.op and record.name(done) not in names:
+                failures.append(
+                    f"{arch} {done.kernel} ({done.config}), {done.example}: in the record, but no more chosen"
+                )
+        sample = {launch.kernel: launch for launch in reversed(launches)}.values()
+        for done in ahead.compile_all(list(sample), arch, options.jobs):
+            count += 1
+            recorded = known.kernels.get(record.name(done))
+            problem = done.problem() or lacks(done)
+            if problem is None and recorded is not None and known.same_compiler() and recorded != done:
+                problem = f"compiled to {done}, the record has {recorded}"
+            if problem:
+                failures.append(f"{arch} {done.kernel} ({done.config}), {done.example}: {problem}")
+    if failures:
+        advice = "run `python -m benchmarks.kernels triton`, and commit what it writes"
+        print(f"{len(failures)} complaints; {advice}:", *failures, sep="\n  ", file=sys.stderr)
+        return 1
+    print(f"the record holds every kernel; {count} were compiled: no spills")
+    return 0
+
+
+def lacks(done: Any) -> str | None:
     """None, or which of Hopper's instructions a kernel with tensor descriptors lacks. Its matrix instruction multiplies
     64 rows or more."""
     if done.arch != "sm_90" or not done.descriptors:
@@ -75,11 +123,9 @@ def _missing(done) -> str | None:
     return f"lacks {' and '.join(missing)}" if missing else None
 
 
-def report(compiled: Sequence) -> str:
+def report(compiled: Iterable[Any], version: str) -> str:
     """A table an architecture: a row for a kernel and configuration, over all of its examples."""
-    import triton
-
-    text = f"Compiled by Triton {triton.__version__}; nothing here was run or measured.\n"
+    text = f"Compiled by Triton {version}; nothing here was run or measured.\n"
     groups: dict[str, dict[tuple[str, str], list]] = defaultdict(lambda: defaultdict(list))
     for done in compiled:
         groups[done.arch][done.kernel, done.config].append(done)
@@ -87,11 +133,17 @@ def report(compiled: Sequence) -> str:
         rows = []
         for (kernel, config), members in sorted(kernels.items(), key=lambda item: _natural(" ".join(item[0]))):
             instructions = sorted({i.partition(".")[0] for m in members for i in m.instructions})
-            registers = _range([m.registers for m in members])
-            shared = _range([m.shared for m in members])
-            rows.append((f"`{kernel}` {config}", len(members), registers, shared, " ".join(instructions) or "-"))
-        header = ("kernel and configuration", "compiled", "registers", "shared memory, bytes", "instructions")
-        text += f"\n### {arch}\n\n{document.table(header, rows)}"
+            columns = ([getattr(m, name) for m in members] for name in ("registers", "shared", "spilled"))
+            rows.append((f"`{kernel}` {config}", len(members), *map(_range, columns), " ".join(instructions) or "-"))
+        header = (
+            "kernel and configuration",
+            "compiled",
+            "registers",
+            "shared memory, bytes",
+            "spilled",
+            "instructions",
+        )
+        text += f"\n### Triton, {arch}\n\n{document.table(header, rows)}"
     return text
 
 

@@ -272,11 +272,11 @@ def examples(device: torch.device) -> Iterator[Example]:
             if dtype == torch.float32 and width > WIDEST_FLOAT32:
                 continue
             yield _example(device, width, dtype, causal=True)
-            yield _example(device, width, dtype, causal=True, packed=True)
+            if dtype != torch.float32:  # whose tiles are the same with and without descriptors
+                yield _example(device, width, dtype, causal=True, packed=True)
             yield _example(device, width, dtype, causal=True, packed=True, every_option=True)
-    for width, dtype in ((16, torch.float32), (32, torch.float16), (80, torch.bfloat16), (77, torch.float16)):
+    for width, dtype in ((80, torch.bfloat16), (77, torch.float16)):
         yield _example(device, width, dtype, causal=True)
-    yield _example(device, 64, torch.bfloat16)
     yield _example(device, 128, torch.bfloat16)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.decode_attention import native, reference
+from fastlm.ops.decode_attention import native, reference, triton
 
 MAX_ROWS = 16  # new tokens a sequence: more are a prefill, which fastlm.ops.attention is for
 
@@ -160,4 +160,4 @@ _forward = library.define(
     _forward_fake,
 )
 
-registry.register("decode_attention", _prepare, reference=reference, cpu=native, cuda=native)
+registry.register("decode_attention", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)

@@ -3,23 +3,27 @@
 The examples of the ops are called with meta tensors: nothing is computed, and each launch is recorded with the very
 arguments that it would have. Triton's own binder turns them into a signature, and its compiler into a binary, whose
 registers, shared memory and spills are read from the file.
+
+What is compiled: a kernel's first choice of configuration with every kind of arguments, and each further candidate,
+which only `fastlm tune` can choose (by measuring it), once, with the arguments of the first example that offers it.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastlm.ops import registry
-from fastlm.ops.triton_support import availability
+from fastlm.ops.triton_support import availability, sources
 from fastlm.ops.triton_support.config import Config
 from fastlm.ops.triton_support.kernel import Example, Kernel, Recorder
 from fastlm.ops.triton_support.target import SHARED_BYTES, pretend
@@ -34,23 +38,41 @@ class Launch:
     config: Config
     arguments: tuple
 
+    @functools.cached_property
+    def key(self) -> str:
+        """Of what can make other code, in a few letters: the arguments' dtypes, alignment, divisibility, constants."""
+        return sources.digest(repr(self.kernel._key(0, self.config, self.arguments)[2:]))
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Unique within an architecture, and the same in every process."""
+        return self.kernel.label, repr(self.config), self.key
+
+    @property
+    def source(self) -> str:
+        """A digest of the kernel's code."""
+        return sources.of_module(self.kernel.name.partition(":")[0])
+
 
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a launch.
 
-    `spilled`: bytes (NVIDIA) or registers (AMD) that did not fit. `instructions`: those of `INSTRUCTIONS` that it uses.
-    `descriptors`: whether it was launched with host-made tensor descriptors.
+    `key` and `source`: those of the launch. `spilled`: bytes (NVIDIA) or registers (AMD) that did not fit.
+    `instructions`: those of `INSTRUCTIONS` that it uses. `descriptors`: whether it was launched with host-made tensor
+    descriptors.
     """
 
     arch: str
     example: str
     kernel: str
     config: str
+    key: str
+    source: str
     registers: int
     shared: int
     spilled: int
-    instructions: frozenset[str]
+    instructions: tuple[str, ...]
     descriptors: bool
 
     def problem(self) -> str | None:
@@ -105,26 +127,28 @@ def modules() -> dict[str, Any]:
 
 
 def launches(arch: str, ops: Sequence[str] = ()) -> Iterator[Launch]:
-    """Every kernel of these ops (all), with every kind of arguments and every configuration; each once."""
-    seen = set()
+    """What is compiled of these ops (all) for an architecture; each once."""
+    seen: set[tuple[str, str, str]] = set()
+    tried: set[tuple[str, str]] = set()
     with pretend(arch):
         for op, module in modules().items():
             if ops and op not in ops:
                 continue
             for example in module.examples(torch.device("meta")):
                 first = _record(example, None)
-                runs = [(kernel, i) for kernel, count in first.choices.items() for i in range(1, count)]
-                found = first.launches + [
-                    launch
-                    for kernel, i in runs
-                    for launch in _record(example, (kernel, i)).launches
-                    if launch[0] is kernel
-                ]
-                for kernel, config, arguments in found:
-                    key = kernel, repr(config), kernel._key(0, config, arguments)[2:]
-                    if key not in seen:
-                        seen.add(key)
-                        yield Launch(f"{op} {example.name}", kernel, config, arguments)
+                for kernel, config, arguments in first.launches:
+                    launch = Launch(f"{op} {example.name}", kernel, config, arguments)
+                    tried.add(launch.identity[:2])
+                    if launch.identity not in seen:
+                        seen.add(launch.identity)
+                        yield launch
+                for kernel, i in [(kernel, i) for kernel, count in first.choices.items() for i in range(1, count)]:
+                    for other, config, arguments in _record(example, (kernel, i)).launches:
+                        launch = Launch(f"{op} {example.name}", other, config, arguments)
+                        if other is kernel and launch.identity[:2] not in tried:
+                            tried.add(launch.identity[:2])
+                            seen.add(launch.identity)
+                            yield launch
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
@@ -147,44 +171,53 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     options, signature, constants, attributes = function._pack_args(backend, given, bound, specialization, options)
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
-    registers, static, spilled = _amd_usage(compiled.asm["amdgcn"]) if amd else _nvidia_usage(compiled.asm["cubin"])
     text = compiled.asm["amdgcn" if amd else "ptx"]
+    registers, static, spilled = _amd_usage(text) if amd else _nvidia_usage(compiled.asm["cubin"], text)
     return Compiled(
         arch,
         launch.example,
         launch.kernel.label,
         repr(config),
+        launch.key,
+        launch.source,
         registers,
         max(compiled.metadata.shared, static),
         spilled,
-        frozenset(name for name in INSTRUCTIONS if name in text),
+        tuple(name for name in INSTRUCTIONS if name in text),
         any(hasattr(a, "block_shape") for a in launch.arguments),
     )
 
 
 def compile_all(launches: Sequence[Launch], arch: str, jobs: int = 1) -> Iterator[Compiled]:
-    """Compile them, in `jobs` processes. An error names its launch."""
+    """Compile them, in `jobs` processes; they come in the order in which they are done. An error names its launch."""
     if jobs <= 1:
-        for launch in launches:
-            try:
-                yield compile_launch(launch, arch)
-            except Exception as error:
-                raise RuntimeError(f"{arch} {launch.kernel.label} ({launch.config}), {launch.example}") from error
+        yield from map(_compile, ((arch, launch) for launch in launches))
         return
-    # The launches hold functions, which do not travel: each process lists them itself, and takes every n-th.
+    # The launches hold functions, which do not travel: each process lists them itself.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ops = sorted({launch.example.partition(" ")[0] for launch in launches})
-        for part in pool.map(_compile_part, [(arch, ops, start, jobs) for start in range(jobs)]):
-            yield from part
+        for future in as_completed([pool.submit(_compile_one, arch, launch.identity) for launch in launches]):
+            yield future.result()
 
 
-def _compile_part(part: tuple[str, list[str], int, int]) -> list[Compiled]:
-    arch, ops, start, step = part
-    return list(compile_all(list(launches(arch, ops))[start::step], arch))
+def _compile(task: tuple[str, Launch]) -> Compiled:
+    arch, launch = task
+    try:
+        return compile_launch(launch, arch)
+    except Exception as error:
+        raise RuntimeError(f"{arch} {launch.kernel.label} ({launch.config}), {launch.example}: {error}") from error
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, static shared memory, bytes of the stack: spills) of a kernel."""
+@functools.cache
+def _listed(arch: str) -> dict[tuple[str, str, str], Launch]:
+    return {launch.identity: launch for launch in launches(arch)}
+
+
+def _compile_one(arch: str, identity: tuple[str, str, str]) -> Compiled:
+    return _compile((arch, _listed(arch)[identity]))
+
+
+def _nvidia_usage(cubin: bytes, ptx: str) -> tuple[int, int, int]:
+    """(registers, static shared memory, bytes of spills) of a kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -193,7 +226,26 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|SHARED|STACK):(\d+)", text))
-    return int(usage["REG"]), int(usage["SHARED"]), int(usage["STACK"])
+    # Without a stack nothing was spilled. With one, only the assembler says how much of it holds spilled registers.
+    spilled = _ptxas_spills(ptx) if int(usage["STACK"]) else 0
+    return int(usage["REG"]), int(usage["SHARED"]), spilled
+
+
+def _ptxas_spills(ptx: str) -> int:
+    """Bytes that are stored for want of registers, and loaded again: the larger number."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target sm_(\d+)(\w*)", ptx, re.MULTILINE)
+    assert target is not None, "no .target in the PTX"
+    architecture = f"--gpu-name=sm_{target[1]}{target[2]}"
+    ptxas = get_ptxas(int(target[1])).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        # as Triton calls it
+        command = [ptxas, "-lineinfo", "-v", "--regAllocOptLevel=2", architecture, file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
 
 
 def _amd_usage(assembly: str) -> tuple[int, int, int]:
