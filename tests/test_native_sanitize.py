@@ -1,65 +1,52 @@
-"""The C++ kernels for CPUs, compiled with AddressSanitizer and UBSan into a program of small odd cases: no report.
-
-Unoptimised, which compiles in a fraction of the time. Each program has the kernels once, under the name "baseline",
-with the vectors of the instruction set whose flags they are compiled with.
-"""
+"""The C++ kernels for CPUs with AddressSanitizer, UBSan and ThreadSanitizer, on small odd cases and on several threads."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastlm import _C
-from tests.emulator import build
+from tests.native import build
+from tests.native.build import CASES, HERE, Variant
 
-sys.path.insert(0, str(build.ROOT / "build_tools"))
+ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+THREAD = ("-fsanitize=thread", "-O1")
 
-import toolchain
-
-PROGRAM = Path(__file__).resolve().parent / "native" / "sanitize_cpu.cpp"
-SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-NO_KERNELS = ["build_info.cpp", "pool.cpp"]
+pytestmark = pytest.mark.skipif(shutil.which("objcopy") is None, reason="no objcopy")
 
 
-def compile_program(isa: str) -> Path:
-    """The kernels call the functions of the other instruction sets, which are not there: weak, they are null."""
-    compiler, folder = toolchain.compiler(), build.FOLDER.with_name("native_sanitized") / isa
-    flags = [*toolchain.CXX_FLAGS, *toolchain.instruction_sets()[isa], "-O0", "-g1", *SANITIZERS]
-    flags += ["-DFASTLM_ISA=baseline", "-DFASTLM_ISA_IS_BASELINE"]
-    flags += ["-I", str(build.CSRC), "-I", str(build.ROOT / "tests" / "emulator" / "kernels")]
-    sources = [source for source in sorted(build.CSRC.glob("*/*.cpp")) if source.parent.name != "emulator"]
-    objects = []
-    compile_one = f"{shlex.join([*compiler, *flags])} -MMD -MF $out.d -c $in -o $out"
-    lines = [
-        f"rule cxx\n  command = {compile_one} && objcopy --weaken $out",
-        "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {shlex.join([*compiler, *SANITIZERS])} $in -o $out",
-    ]
-    for source in [PROGRAM, *(s for s in sources if s.name not in NO_KERNELS)]:
-        objects.append(folder / source.parent.name / f"{source.name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}")
-    lines.append(f"build {folder / 'program'}: link {' '.join(map(str, objects))}\n")
-    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-    with build.one_at_a_time():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text("\n".join(lines))
-        result = subprocess.run([*ninja, "-C", str(folder), "--quiet"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "program"
-
-
-@pytest.mark.skipif(shutil.which("objcopy") is None, reason="no objcopy")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_the_cpu_kernels_are_clean(isa: str) -> None:
     if isa not in _C.cpu_isas():
         pytest.skip(f"this processor has no {isa}")
-    environment = {**os.environ, "FASTLM_CPU_ISA": "baseline", "ASAN_OPTIONS": "detect_leaks=0"}
-    result = subprocess.run([compile_program(isa)], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr[:4000]
-    assert result.stdout + result.stderr == ""
+    flags = build.toolchain.instruction_sets()[isa]
+    cases = build.program(Variant(f"address-{isa}", (*flags, *ADDRESS)), [*CASES, *build.kernels()])
+    build.run([cases, "small"], ASAN_OPTIONS="detect_leaks=0")
+
+
+def thread_variant() -> Variant:
+    best = [isa for isa in _C.cpu_isas() if isa != "avx512_bf16"][-1]  # the widest vectors run fastest
+    return Variant("thread", (*build.toolchain.instruction_sets()[best], *THREAD))
+
+
+def test_threads_touch_nothing_of_each_other(tmp_path: Path) -> None:
+    """And 1, 2 and 3 threads give the same bits."""
+    cases = build.program(thread_variant(), [*CASES, HERE / "threads.cpp", *build.kernels()])
+    for threads in ("1", "2", "3"):
+        build.run([cases, "large", tmp_path / threads], OMP_NUM_THREADS=threads)
+    alone = (tmp_path / "1").read_bytes()
+    assert alone and (tmp_path / "2").read_bytes() == alone and (tmp_path / "3").read_bytes() == alone
+
+
+def test_thread_sanitizer_sees_a_race() -> None:
+    sources = [HERE / "race.cpp", HERE / "threads.cpp", build.build.CSRC / "common" / "parallel.cpp"]
+    sources.append(build.build.CSRC / "common" / "pool.cpp")
+    program = build.program(thread_variant(), sources, "race")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run([program, "race"], env=environment, capture_output=True, text=True)
+    assert "WARNING: ThreadSanitizer: data race" in result.stderr and "seeded_race" in result.stderr
+    build.run([program, "pool"])

@@ -24,6 +24,8 @@
 #include "common/simd_avx512.h"
 #elif defined(__AVX2__)
 #include "common/simd_avx2.h"
+#elif defined(__aarch64__)
+#include "common/simd_neon.h"
 #else
 #include "common/simd_portable.h"
 #endif

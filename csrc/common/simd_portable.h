@@ -1,4 +1,4 @@
-// simd.h in the vector extensions of GCC and clang: SSE2 on any x86-64, NEON on arm64. Included by simd.h only.
+// simd.h in the vector extensions of GCC and clang: SSE2 on any x86-64. Included by simd.h only.
 #pragma once
 
 namespace fastlm::FASTLM_ISA {
@@ -28,7 +28,7 @@ inline Vec ldexp(Vec a, Vec n) {
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+#if defined(__FP_FAST_FMAF)
   for (int i = 0; i < 4; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;
 #else

@@ -52,6 +52,16 @@ inline void transpose(Vec (&rows)[8]) {
   }
 }
 
+#elif defined(__aarch64__)
+
+inline void transpose(Vec (&rows)[4]) {
+  const float32x4x2_t top = vtrnq_f32(rows[0].v, rows[1].v), low = vtrnq_f32(rows[2].v, rows[3].v);
+  for (int k = 0; k < 2; ++k) {  // columns k and k + 2 of two rows each
+    rows[k].v = vcombine_f32(vget_low_f32(top.val[k]), vget_low_f32(low.val[k]));
+    rows[k + 2].v = vcombine_f32(vget_high_f32(top.val[k]), vget_high_f32(low.val[k]));
+  }
+}
+
 #else
 
 inline void transpose(Vec (&rows)[4]) {

@@ -1,9 +1,17 @@
-// The CPU kernels on small odd sizes, for AddressSanitizer and UBSan: every buffer has exactly its size, every result must
-// be finite. What the results should be is the business of the ops' own tests.
+// The CPU kernels on sizes that bring out their edges: a program for sanitizers, emulated processors and instructions.
+//
+//   cases small [FILE]  small odd sizes; every buffer has exactly its size
+//   cases large [FILE]  sizes at which each op shares its work out among threads, which is checked (with threads.cpp)
+//
+// Every result must be finite; FILE gets them all, to be compared with another build's. What the results should be is the
+// business of the ops' own tests.
+#include "cases.h"
+
 #include <cstdio>
 
 #include "attention/attention.h"
 #include "attention/decode.h"
+#include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
 #include "decode/decode.h"
 #include "embedding/embedding.h"
@@ -17,17 +25,29 @@
 #include "sampling/sample.h"
 #include "sanitize_values.h"
 
+// How many loops have run on several threads so far; threads.cpp counts.
+__attribute__((weak)) long shared_loops();
+
 namespace {
 
 using namespace fastlm;
 
 constexpr DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
 
-void finite(const std::string& name, std::initializer_list<const Tensor*> results) {
+std::FILE* file = nullptr;
+
+// For each result a line "name type elements", and the elements as float32.
+void record(const std::string& name, std::initializer_list<const Tensor*> results) {
+  static const char* const types[] = {"f32", "f16", "bf16"};
   for (const Tensor* t : results) {
+    std::vector<float> values;
     for (int64_t i = 0; i < t->numel; i++) {
-      if (!std::isfinite((*t)[i])) throw std::runtime_error(name + ": element " + std::to_string(i) + " is not finite");
+      values.push_back((*t)[i]);
+      if (!std::isfinite(values.back())) throw std::runtime_error(name + ": element " + std::to_string(i) + " is not finite");
     }
+    if (file == nullptr) continue;
+    std::fprintf(file, "%s %s %lld\n", name.c_str(), types[static_cast<int>(t->type)], static_cast<long long>(t->numel));
+    std::fwrite(values.data(), sizeof(float), values.size(), file);
   }
 }
 
@@ -41,7 +61,7 @@ void layer_norm(int64_t rows, int64_t cols, DType x, DType h, DType w, bool rms,
   layer_norm_backward_cpu({y.data, residual ? add.data : nullptr, residual ? sum.data : in.data, weight.data, means, rstd.floats(),
                            dx.data, residual ? dr.data : nullptr, dw.data, rms ? nullptr : db.data, workspace.floats(), rows, cols,
                            cols, cols, cols, rms, x, residual ? h : x, w});
-  finite("layer_norm", {&y, &sum, &rstd, &dx, &dr, &dw, &db});
+  record("layer_norm", {&y, &sum, &rstd, &dx, &dr, &dw, &db});
 }
 
 struct Options {
@@ -71,12 +91,12 @@ void attention(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t
   p.scale = 0.25f, p.softcap = o.softcap, p.type = type;
   attention_forward_cpu(p, out.data, lse.floats());
   attention_backward_cpu(p, {out.data, lse.floats(), dout.data, p.q_strides, dlse.floats(), dq.data, dk.data, dv.data});
-  finite("attention", {&out, &lse, &dq, &dk, &dv});
+  record("attention", {&out, &lse, &dq, &dk, &dv});
 }
 
-void decode_attention(DType type, int64_t rows, int64_t width, int64_t page) {
-  const int64_t batch = 2, heads = 2, capacity = 150, pages = page == 0 ? 0 : batch * capacity / page;
-  const int32_t lengths[] = {150, 3};
+void decode_attention(DType type, int64_t rows, int64_t width, int64_t page, int64_t capacity = 150) {
+  const int64_t batch = 2, heads = 2, pages = page == 0 ? 0 : batch * capacity / page;
+  const int32_t lengths[] = {static_cast<int32_t>(capacity), 3};
   std::vector<int32_t> table;
   for (int64_t i = 0; i < pages; i++) table.push_back(static_cast<int32_t>(pages - 1 - i));
   Tensor q(batch * rows * heads * width, type, 1), out(q.numel, type), k(batch * capacity * width, type, 2), v(k.numel, type, 3);
@@ -90,7 +110,7 @@ void decode_attention(DType type, int64_t rows, int64_t width, int64_t page) {
   p.pages = pages, p.page = page, p.table_width = page == 0 ? 0 : capacity / page;
   p.window = -1, p.scale = 0.25f, p.type = type;
   decode_attention_cpu(p);
-  finite("decode_attention", {&out});
+  record("decode_attention", {&out});
 }
 
 void activation(int64_t rows, int64_t cols, Activation a, DType type) {
@@ -100,7 +120,7 @@ void activation(int64_t rows, int64_t cols, Activation a, DType type) {
   Tensor workspace(activation_backward_workspace_cpu(rows, wide), f32);
   activation_forward_cpu({pre.data, bias.data, hidden.data, rows, cols, a, type});
   activation_backward_cpu({pre.data, dhidden.data, dpre.data, again.data, dbias.data, workspace.floats(), rows, cols, a, type});
-  finite("activation", {&pre, &hidden, &again, &dpre, &dbias});
+  record("activation", {&pre, &hidden, &again, &dpre, &dbias});
 }
 
 void cross_entropy(int64_t rows, int64_t cols, float softcap, DType type) {
@@ -109,7 +129,7 @@ void cross_entropy(int64_t rows, int64_t cols, float softcap, DType type) {
   for (int64_t row = 0; row < rows; row++) targets.push_back(row % 2 == 0 ? cols - 1 : 0);
   cross_entropy_block_cpu({logits.data, targets.data(), loss.floats(), lse.floats(), nullptr, rows, cols, 0.1f, 0.01f, softcap, 0.5f,
                            true, type});
-  finite("cross_entropy", {&logits, &loss, &lse});
+  record("cross_entropy", {&logits, &loss, &lse});
 }
 
 // A tensor of some odd length and one of another type.
@@ -128,13 +148,13 @@ void optimizer(int64_t numel, DType p_type, DType g_type, bool amsgrad) {
   std::vector<double> sums(static_cast<size_t>(chunks) + 1);
   Tensor norm(1, f32), scale(1, f32);
   grad_norm_cpu(table, 2, chunks + 1, sums.data(), 1.0f, norm.floats(), scale.floats());
-  finite("optimizer", {&param, &m, &v, &largest, &shadow, &other, &norm, &scale});
+  record("optimizer", {&param, &m, &v, &largest, &shadow, &other, &norm, &scale});
 }
 
 void skinny_linear(int64_t rows, int64_t cols, int64_t depth, DType type) {
   Tensor x(rows * (depth + 3) - 3, type, 1), weight(cols * (depth + 5) - 5, type, 2), bias(cols, type, 3), y(rows * cols, type);
   skinny_linear_cpu({x.data, weight.data, bias.data, y.data, rows, cols, depth, depth + 3, depth + 5, type});
-  finite("skinny_linear", {&y});
+  record("skinny_linear", {&y});
 }
 
 void lstm(int64_t batch, int64_t steps, int64_t hidden) {
@@ -147,7 +167,7 @@ void lstm(int64_t batch, int64_t steps, int64_t hidden) {
   Tensor backward(lstm_backward_workspace_cpu(batch, hidden), f32);
   lstm_backward_cpu({dy.floats(), dc.floats(), c0.floats(), c.floats(), activations.floats(), weight.floats(), dgates.floats(),
                      dh0.floats(), dc0.floats(), backward.floats(), batch, steps, hidden});
-  finite("lstm", {&y, &c, &activations, &dgates, &dh0, &dc0});
+  record("lstm", {&y, &c, &activations, &dgates, &dh0, &dc0});
 }
 
 void embedding_and_sample(int64_t cols, DType type) {
@@ -155,13 +175,24 @@ void embedding_and_sample(int64_t cols, DType type) {
   Tensor weight(vocabulary * cols, type, 1), y(count * cols, type), dweight(vocabulary * cols, type);
   embedding_forward_cpu({ids, true, weight.data, y.data, count, vocabulary, cols, cols, type});
   embedding_backward_cpu({y.data, keys, order, dweight.data, nullptr, count, vocabulary, cols, cols, -1, type});
-  finite("embedding", {&y, &dweight});
   const int64_t state[] = {3, 5};
   int64_t drawn[7];
   sample_cpu({weight.data, drawn, state, vocabulary, cols, cols, false, 0.8f, cols / 2, 0.9, -4.0f, type});
   for (const int64_t id : drawn) {
     if (id < 0 || id >= cols) throw std::runtime_error("sample: " + std::to_string(id));
   }
+  record("embedding", {&y, &dweight});
+}
+
+void rotary(int64_t rows, int64_t heads, int64_t width, bool interleaved, DType type) {
+  const int64_t row = heads * width, pairs = width / 2;
+  Tensor x(rows * row, type, 1), y(rows * row, type), cos(rows * pairs, f32, 2), sin(rows * pairs, f32, 3);
+  Rotary p{};
+  p.tensors[0] = {x.data, y.data, rows * row, row, width, rows * row, row, width, heads};
+  p.cos = cos.floats(), p.sin = sin.floats(), p.table_rows = rows;
+  p.batch = 1, p.rows = rows, p.width = width, p.pairs = pairs, p.interleaved = interleaved, p.type = type;
+  rotary_cpu(p);
+  record("rotary", {&y});
 }
 
 // Two layers, two groups of sequences; a head of `width` numbers, which rotary positions turn.
@@ -182,53 +213,99 @@ void decode(int64_t width, bool rms, Activation a, DType type) {
   p.rms = rms, p.eps = 1e-5f, p.scale = 0.25f, p.window_left = -1, p.cos = cos.floats(), p.sin = sin.floats();
   p.activation = a, p.type = type, p.h = h.data, p.out = out.data;
   decode_cpu(p);
-  finite("decode", {&h, &out});
+  record("decode", {&h, &out});
+}
+
+// Calls body, which must share its work out where there are threads.
+template <class Body>
+void shared(const char* name, const Body& body) {
+  const long before = shared_loops == nullptr ? 0 : shared_loops();
+  body();
+  if (max_threads() > 1 && shared_loops() == before) throw std::runtime_error(std::string(name) + " ran on one thread");
+}
+
+void small_cases() {
+  conversions();
+  vector_functions();
+  layer_norm(3, 7, f32, f32, f32, false, false);
+  layer_norm(9, 67, bf16, f32, f32, true, true);
+  layer_norm(2, 129, f16, f16, f16, false, true);
+  Options plain, causal, everything, packed;
+  causal.causal = true;
+  everything.dropout = everything.alibi = true;
+  everything.left = 9;
+  everything.softcap = 3.0f;
+  packed.causal = packed.packed = true;
+  attention(f32, 5, 7, 2, 1, 9, plain);
+  attention(bf16, 37, 37, 2, 1, 24, causal);
+  attention(bf16, 21, 75, 2, 1, 9, plain);
+  attention(bf16, 71, 131, 2, 2, 34, everything);
+  attention(bf16, 3, 67, 1, 1, 66, causal);
+  attention(f16, 21, 41, 2, 2, 40, everything);
+  attention(f32, 19, 19, 1, 1, 17, packed);
+  attention(f32, 1, 700, 2, 1, 33, causal);
+  decode_attention(f32, 2, 9, 0);
+  decode_attention(bf16, 1, 40, 15);
+  for (const Activation a : {Activation::gelu_tanh, Activation::gelu, Activation::relu, Activation::relu2, Activation::silu,
+                             Activation::swiglu, Activation::geglu}) {
+    activation(5, 37, a, f32);
+    activation(3, 19, a, bf16);
+    activation(1, 1, a, f16);
+  }
+  cross_entropy(3, 301, 0.0f, f32);
+  cross_entropy(2, 37, 5.0f, bf16);
+  cross_entropy(1, 2, 0.0f, f16);
+  optimizer(37, f32, f32, false);
+  optimizer(4099, bf16, bf16, true);
+  optimizer(5, f16, f32, true);
+  skinny_linear(1, 37, 33, f32);
+  skinny_linear(7, 19, 67, bf16);
+  skinny_linear(2, 6, 32, bf16);
+  skinny_linear(16, 5, 9, f16);
+  lstm(3, 4, 7);
+  lstm(5, 2, 33);
+  embedding_and_sample(37, f32);
+  embedding_and_sample(9, bf16);
+  rotary(5, 3, 10, false, f32);
+  rotary(3, 2, 34, true, bf16);
+  decode(6, false, Activation::gelu_tanh, f32);
+  decode(18, true, Activation::swiglu, bf16);
+}
+
+void large_cases() {
+  Options causal;
+  causal.causal = true;
+  for (const DType type : {f32, bf16}) {
+    shared("layer_norm", [&] { layer_norm(90, 768, type, type, type, false, true); });
+    shared("attention", [&] { attention(type, 150, 150, 4, 4, 32, causal); });
+    shared("attention of one head", [&] { attention(type, 330, 330, 1, 1, 32, causal); });
+    shared("attention of few rows", [&] { attention(type, 2, 3000, 4, 2, 64, causal); });
+    shared("decode_attention", [&] { decode_attention(type, 1, 64, 0, 9000); });
+    shared("activation", [&] { activation(70, 1024, Activation::swiglu, type); });
+    shared("cross_entropy", [&] { cross_entropy(20, 3001, 0.0f, type); });
+    shared("optimizer", [&] { optimizer(200003, type, type, false); });
+    shared("skinny_linear", [&] { skinny_linear(4, 301, 768, type); });
+    shared("embedding_and_sample", [&] { embedding_and_sample(20011, type); });
+    shared("rotary", [&] { rotary(70, 12, 64, false, type); });
+    shared("decode", [&] { decode(128, false, Activation::gelu_tanh, type); });
+  }
+  shared("lstm", [] { lstm(32, 3, 96); });
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const std::string which = argc > 1 ? argv[1] : "";
+  if (argc > 2) file = std::fopen(argv[2], "wb");
+  if ((which != "small" && which != "large") || (argc > 2 && file == nullptr)) {
+    std::printf("usage: cases small|large [FILE]\n");
+    return 2;
+  }
   try {
-    layer_norm(3, 7, f32, f32, f32, false, false);
-    layer_norm(9, 67, bf16, f32, f32, true, true);
-    layer_norm(2, 129, f16, f16, f16, false, true);
-    Options plain, causal, everything, packed;
-    causal.causal = true;
-    everything.dropout = everything.alibi = true;
-    everything.left = 9;
-    everything.softcap = 3.0f;
-    packed.causal = packed.packed = true;
-    attention(f32, 5, 7, 2, 1, 9, plain);
-    attention(bf16, 37, 37, 2, 1, 24, causal);
-    attention(f16, 21, 41, 2, 2, 40, everything);
-    attention(f32, 19, 19, 1, 1, 17, packed);
-    attention(f32, 1, 700, 2, 1, 33, causal);
-    decode_attention(f32, 2, 9, 0);
-    decode_attention(bf16, 1, 40, 15);
-    for (const Activation a : {Activation::gelu_tanh, Activation::gelu, Activation::relu, Activation::relu2, Activation::silu,
-                               Activation::swiglu, Activation::geglu}) {
-      activation(5, 37, a, f32);
-      activation(3, 19, a, bf16);
-      activation(1, 1, a, f16);
-    }
-    cross_entropy(3, 301, 0.0f, f32);
-    cross_entropy(2, 37, 5.0f, bf16);
-    cross_entropy(1, 2, 0.0f, f16);
-    optimizer(37, f32, f32, false);
-    optimizer(4099, bf16, bf16, true);
-    optimizer(5, f16, f32, true);
-    skinny_linear(1, 37, 33, f32);
-    skinny_linear(7, 19, 67, bf16);
-    skinny_linear(16, 5, 9, f16);
-    lstm(3, 4, 7);
-    lstm(5, 2, 33);
-    embedding_and_sample(37, f32);
-    embedding_and_sample(9, bf16);
-    decode(6, false, Activation::gelu_tanh, f32);
-    decode(18, true, Activation::swiglu, bf16);
+    which == "small" ? small_cases() : large_cases();
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 3;
   }
-  return 0;
+  return file == nullptr ? 0 : std::fclose(file);
 }
