@@ -125,6 +125,9 @@ class TestEvaluate:
         assert "the text is empty" in fails("evaluate", run, "--text", tmp_path / "t.txt")
         (tmp_path / "t.txt").write_text("ÄÖÜ")
         assert "'Ä'" in fails("evaluate", run, "--text", tmp_path / "t.txt")
+        text = trained / "held_out.txt"
+        assert "Invalid value for '--batch-size'" in fails("evaluate", run, "--text", text, "--batch-size", 0, code=2)
+        assert "Invalid value for '--limit'" in fails("evaluate", run, "--choices", text, "--limit", 0, code=2)
         assert "wanted the best or the last" in fails(
             "evaluate", run, "--text", trained / "held_out.txt", "--checkpoint", "first"
         )
@@ -156,7 +159,10 @@ class TestGenerate:
         run = trained / "run"
         assert "the model's context is 16" in fails("generate", run, "--prompt", SENTENCE)
         assert "'É'" in fails("generate", run, "--prompt", "É")
-        assert "temperature" in fails("generate", run, "--temperature", -1)
+        for options in (("--temperature", -1), ("--min-p", 2), ("--top-k", 0), ("--repetition-penalty", 0)):
+            name = options[0].removeprefix("--").replace("-", "_")
+            assert fails("generate", run, "--prompt", "the", *options).startswith(f"error: {name}")  # no prompt shown
+        assert "Invalid value for '--seed'" in fails("generate", run, "--seed", 2**70, code=2)
         assert "no such folder" in fails("generate", tmp_path / "no")
 
     def test_a_stream_holds_back_what_may_be_a_stop_string(self) -> None:

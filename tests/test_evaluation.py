@@ -182,10 +182,19 @@ def test_questions_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     good = {"ctx": "c", "endings": ["a", "b"], "label": "1", "ind": 3}
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, "label": 0}))
     assert [q.label for q in read_questions(path)] == [1, 0]
-    for bad in ({"ctx": "c"}, {**good, "label": 2}, {**good, "endings": ["a"]}, {**good, "ctx": 3}, [1]):
+    for bad, message in (
+        ({"ctx": "c"}, "there is no 'endings'; wanted {\"ctx\""),
+        ({**good, "label": 2}, "label 2 is not the index of an ending"),
+        ({**good, "endings": ["a"]}, "wanted two endings or more"),
+        ({**good, "ctx": 3}, "ctx or an ending is not a string"),
+        ([1], "list indices must be integers"),
+    ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(bad))
-        with pytest.raises(ValueError, match=r"q\.jsonl:2: wanted"):
+        with pytest.raises(ValueError, match=rf"q\.jsonl:2: {message}"):
             read_questions(path)
+    path.write_bytes(b'{"ctx": "\xff"}')
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: 'utf-8' codec can't decode"):
+        read_questions(path)
     path.write_text("")
     with pytest.raises(ValueError, match="has no questions"):
         read_questions(path)

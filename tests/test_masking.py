@@ -188,12 +188,13 @@ def test_bad_settings(tmp_path):
     for sections, message in (
         ({"masking": {"rate": 0.0}}, "masking.rate must be above 0"),
         ({"masking": {"mask": 0.8, "random": 0.3}}, r"masking.mask \+ masking.random at most 1"),
-        ({"evaluation": {"sample_every": 5}}, "does not continue texts"),
         ({"model": {"position": "rotary"}}, r"unknown key model.position .*there are: preset, vocab_size"),
         ({"training": {"objective": "mask"}}, "training.objective must be one of causal, masked"),
     ):
         with pytest.raises(ValueError, match=message):
             masked_config(dataset, **sections)
+    with pytest.raises(ValueError, match=r"this model \(Encoder\) does not continue texts"):
+        start_run(masked_config(dataset, evaluation={"sample_every": 5}), tmp_path / "run", display=quiet())
     config = masked_config(dataset, model={"vocab_size": 29})
     with pytest.raises(ValueError, match="smaller than the tokenizer's vocabulary of 29 and the mask"):
         start_run(config, tmp_path / "run", display=quiet())

@@ -164,6 +164,8 @@ def test_scores(tmp_path):
     assert score.confusion == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert score.macro_f1 == pytest.approx((2 * 2 / (4 + 1 + 1) + 2 * 2 / (4 + 1) + 0) / 3)
     assert score.macro_f1_interval[0] <= score.macro_f1 <= score.macro_f1_interval[1]
+    certain = score_classes([0] * 9 + [1], [0] * 9 + [1], ("a", "b"))
+    assert certain.macro_f1_interval == (1.0, 1.0)  # a resample without a "b" has no F1 of it
     plot_confusion(score, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
     assert class_weights("balanced", ["a", "a", "a", "b"], ("a", "b")) == pytest.approx((4 / 6, 2.0))
@@ -214,6 +216,10 @@ def test_bad_input(tmp_path, one_thread):
     (tmp_path / "one.tsv").write_text("label\ttext\ncat\ta\ncat\tb\n")
     (tmp_path / "empty.tsv").write_text("label\ttext\ncat\t \n")
     for overrides, message in (
+        (["evaluation.sample_every=2"], r"this model \(Classifier\) does not continue texts"),
+        (["model.n_layer=3"], r"model.n_layer has no meaning here"),
+        (["training.objective=masked"], r"training.objective has no meaning here"),
+        (["data.path=x"], r"data.path has no meaning here.* its data are task.train"),
         (["task.labels='dog,fox,cat'"], r"no training example has the label 'cat'; there are: 'dog' \(\d+\), 'fox'"),
         (["task.labels='dog,cat'"], "the label 'fox' of '.*' is not among the classes: 'dog', 'cat'"),
         ([f"task.test='{tmp_path / 'other.tsv'}'"], "other.tsv: the label 'cat' of 'miau' is not among the classes"),
@@ -235,6 +241,14 @@ def test_bad_input(tmp_path, one_thread):
     finetune(settings(model, train, "training.steps=1", "task.val_fraction=0"), tmp_path / "run", display=quiet())
     with pytest.raises(ValueError, match="holds a fastlm-classifier, made for its own task; wanted a pretrained model"):
         finetune(settings(tmp_path / "run", train), tmp_path / "again", display=quiet())
+    for arguments, message in (
+        (["classify", str(tmp_path / "run"), "--data", str(tmp_path / "other.tsv")], "other.tsv: the label 'cat'"),
+        (["classify", str(tmp_path / "run"), "--text", " "], "an empty text has no class"),
+        (["finetune", str(model), "--out", str(tmp_path / "new"), "--train", str(train)], "task.name is missing"),
+        (["translate", str(tmp_path / "run"), "--text", "a"], "is a run of classification, wanted one of"),
+    ):
+        out = CliRunner().invoke(app, arguments)
+        assert out.exit_code == 1 and message in out.output, out.output
     out = CliRunner().invoke(app, ["classify", str(model), "--text", "a"])
     assert out.exit_code == 1 and "wanted a fastlm-classifier" in out.output
     out = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])

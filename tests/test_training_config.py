@@ -38,6 +38,8 @@ def test_writing_and_reading_again_gives_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("training.learning_rate=1", r"unknown key training\.learning_rate \(did you mean training\.lr\?\)"),
+        ("training.weight_decay=1", r"unknown key training\.weight_decay \(did you mean optimizer\.weight_decay\?\)"),
         ("training.lrr=1", r"unknown key training\.lrr \(did you mean lr\?\)"),
         ("trainin.lr=1", r"unknown section \[trainin\] \(did you mean training\?\)"),
         ("model.n_layers=1", r"unknown key model\.n_layers \(did you mean n_layer\?\)"),
@@ -54,7 +56,10 @@ def test_writing_and_reading_again_gives_the_same(tmp_path: Path) -> None:
         ("checkpoint.keep_last=0", r"checkpoint\.keep_last must be at least 1"),
         ("training.lr=0", r"training\.lr must be positive"),
         ("training.lr=nan", r"training\.lr must be positive"),
-        ("optimizer.beta1=1.5", r"optimizer\.beta1 must be between 0 and 1"),
+        ("training.lr=inf", r"training\.lr must be positive and finite"),
+        ("training.grad_clip=nan", r"training\.grad_clip must be at least 0, got nan"),
+        ("training.seed=-1", r"training\.seed must be at least 0 and below 2\^63, got -1"),
+        ("optimizer.beta1=1.0", r"optimizer\.beta1 must be at least 0 and below 1, got 1\.0"),
         ("training.lr", r"wanted an override like training\.lr=3e-4, got 'training\.lr'"),
         ("lr=1", r"wanted an override like"),
     ],

@@ -68,6 +68,8 @@ def test_it_learns_to_translate(pairs_file: Path, tmp_path: Path, architecture: 
     assert command.exit_code == 0, command.output
     assert command.stdout.splitlines() == [c for _, _, c in rows[:3]]
     assert "empty sentence" in CliRunner().invoke(app, ["translate", str(tmp_path / "run"), "--text", " "]).output
+    long = CliRunner().invoke(app, ["translate", str(tmp_path / "run"), "--text", "one red cat " * 60])
+    assert long.exit_code == 1 and "this model translates up to" in long.output, long.output
     assert metrics["exact"] == sum(b == c for _, b, c in rows) / len(rows)
 
 
@@ -160,14 +162,21 @@ def test_bad_input(pairs_file: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"architecture": "rnn"}, "must be one of decoder, encoder-decoder, got 'rnn'"),
         ({"train": ""}, r"task\.train is missing"),
+        ({"beams": 0}, "beams must be from 1 to half of the vocabulary"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"architecture": "encoder-decoder", "model": str(tmp_path)}, "begins with new weights: give 'new'"),
         ({"target_column": "2"}, r"pairs\.tsv:1 has 2 columns separated by tabs, wanted 3: 'one red cat"),
     ):
         config = settings(pairs_file, "decoder", 1)
         config.task.update(changes)
+        config.model = {} if "model" in changes else config.model
         with pytest.raises(ValueError, match=message):
             finetune(config, tmp_path / "run", display=quiet())
         assert not (tmp_path / "run").exists()
+    config = settings(pairs_file, "decoder", 1)
+    config.lora.rank = 2
+    with pytest.raises(ValueError, match=r"a new model has none, and lora\.rank is 2"):
+        finetune(config, tmp_path / "run", display=quiet())
     (tmp_path / "half.tsv").write_text("a\tb\nonly one side\n")
     with pytest.raises(ValueError, match=r"half\.tsv:2 has 1 column separated by tabs, wanted 2"):
         read_pairs(str(tmp_path / "half.tsv"), TranslationSettings())

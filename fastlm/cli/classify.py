@@ -37,12 +37,14 @@ def classify(
 
     if bool(text) == (data is not None):
         raise typer.BadParameter("give either --text or --data")
+    if not all(line.strip() for line in text or []):
+        raise ValueError("an empty text has no class")
     weights, tokenizer_path = find_model(run, checkpoint)
     model = Classifier.from_pretrained(weights).to(resolve_device(device))
     tokenizer = load_tokenizer(tokenizer_path)
     if data is not None:
         columns = ClassificationSettings(text_column=text_column, label_column=label_column)
-        score = evaluate(model, tokenizer, read_examples(str(data), columns))
+        score = evaluate(model, tokenizer, read_examples(str(data), columns), str(data))
         if picture is not None:
             plot_confusion(score, picture)
         if as_json:

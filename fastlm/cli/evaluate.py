@@ -28,8 +28,8 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Of the sliding window; default: half the context.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or endings, in one forward pass.")] = 16,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or endings, in one forward pass.", min=1)] = 16,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions.", min=1, show_default=False)] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,

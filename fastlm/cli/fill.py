@@ -13,7 +13,7 @@ def fill(
         Path, typer.Argument(help="A masked model: a run, a checkpoint, or a model folder.", show_default=False)
     ],
     text: Annotated[list[str], typer.Argument(help="Texts with blanks: [MASK], <mask> or ___.", show_default=False)],
-    top: Annotated[int, typer.Option(help="So many guesses for each blank.")] = 5,
+    top: Annotated[int, typer.Option(help="So many guesses for each blank.", min=1)] = 5,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
@@ -23,8 +23,6 @@ def fill(
     from fastlm.tasks.pretrained import open_pretrained
     from fastlm.training.trainer import resolve_device
 
-    if top < 1:
-        raise typer.BadParameter(f"top must be at least 1, got {top}")
     weights, tokenizer = open_pretrained(model, checkpoint)
     loaded = Encoder.from_pretrained(weights).to(resolve_device(device))
     for line in text:

@@ -17,7 +17,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text to continue. Several make one batch.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=0)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest.", show_default=False)] = None,
     top_p: Annotated[
@@ -32,7 +32,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End where this text appears. Any number of times.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same prompts, same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts, same text.", min=0, max=2**63 - 1)] = 0,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)
     ] = None,
@@ -43,8 +43,12 @@ def generate(
     import torch
 
     from fastlm.cli.loading import load_model
+    from fastlm.generation import Sampling
     from fastlm.models.gpt import GPT
 
+    Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty
+    )  # a wrong option is an error before anything is shown
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
     prompts = prompt or [""]
     begin = [] if vocabulary.eot is None else [vocabulary.eot]

@@ -25,17 +25,25 @@ def translate(
 ) -> None:
     """Translate sentences, one a line."""
     from fastlm.data import load_tokenizer
-    from fastlm.tasks.translation import open_translator
+    from fastlm.tasks.translation import longest_source, open_translator
     from fastlm.tasks.translation import translate as translated
     from fastlm.training.loading import find_model
+    from fastlm.training.run import CONFIG, run_config
     from fastlm.training.trainer import resolve_device
 
     weights, tokenizer_path = find_model(run, checkpoint)
+    made_by = tokenizer_path.parent
+    task = run_config(made_by).task.get("name", "pretraining") if (made_by / CONFIG).is_file() else "translation"
+    if task != "translation":
+        raise ValueError(f"{run} is a run of {task}, wanted one of `fastlm finetune --task translation`")
     model, tokenizer = open_translator(weights).to(resolve_device(device)), load_tokenizer(tokenizer_path)
     lines = text or [line.rstrip("\n") for line in sys.stdin]
     for line in lines:
         if not line.strip():
             raise ValueError("an empty sentence cannot be translated")
+        longest, length = longest_source(model.config.block_size), len(tokenizer.encode(line))
+        if length > longest:
+            raise ValueError(f"the sentence {line[:40]!r}… has {length} tokens, this model translates up to {longest}")
     results = translated(model, tokenizer, lines, beams, length_penalty, max_new_tokens)
     for line, result in zip(lines, results, strict=True):
         typer.echo(json.dumps({"source": line, "translation": result}, ensure_ascii=False) if as_json else result)

@@ -56,22 +56,23 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     questions = []
-    with path.open(encoding="utf-8") as f:
+    with path.open("rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
-                valid = isinstance(question.context, str) and all(isinstance(e, str) and e for e in question.endings)
-                if not (valid and len(question.endings) >= 2 and 0 <= question.label < len(question.endings)):
-                    raise ValueError(
-                        f"ctx or endings are not strings, or label {row['label']!r} is not the index of an ending"
-                    )
+                if not all(isinstance(text, str) for text in (question.context, *question.endings)):
+                    raise ValueError("ctx or an ending is not a string")
+                if len(question.endings) < 2 or not all(question.endings):
+                    raise ValueError("wanted two endings or more, none of them empty")
+                if not 0 <= question.label < len(question.endings):
+                    raise ValueError(f"label {row['label']!r} is not the index of an ending")
             except (ValueError, KeyError, TypeError) as e:
+                reason = f"there is no {e}" if isinstance(e, KeyError) else e
                 raise ValueError(
-                    f'{path}:{number}: wanted {{"ctx": text, "endings": [text, text, …], "label": index}}: '
-                    f"{type(e).__name__}: {e}"
+                    f'{path}:{number}: {reason}; wanted {{"ctx": text, "endings": [text, text, …], "label": index}}'
                 ) from None
             questions.append(question)
     if not questions:

@@ -17,8 +17,8 @@ class ClassScore:
 
     Attributes:
         accuracy: the part that is right, with its 95 % bootstrap interval over the examples.
-        macro_f1: the mean over the classes of F1 = 2 TP / (2 TP + FP + FN), with its interval; a class that occurs
-            neither in the truth nor in the predictions counts 0.
+        macro_f1: the mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in the truth or in the
+            predictions, with its interval.
         confusion: confusion[i][j] examples of class i were taken for class j.
         labels: the names of the classes.
     """
@@ -84,6 +84,5 @@ def _confusion(cells: np.ndarray, size: int) -> np.ndarray:
 def _macro_f1(confusion: np.ndarray) -> float:
     right = np.diag(confusion)
     wrong = confusion.sum(0) + confusion.sum(1) - 2 * right  # false positives and false negatives
-    return float(
-        np.mean(np.divide(2.0 * right, 2.0 * right + wrong, out=np.zeros(len(right)), where=right + wrong > 0))
-    )
+    occurs = right + wrong > 0  # a class may be absent from a resample
+    return float(np.mean(2.0 * right[occurs] / (2.0 * right + wrong)[occurs]))

@@ -240,9 +240,11 @@ def predict(model: Classifier, tokenizer: Tokenizer, texts: Sequence[str], batch
     return torch.cat(parts)
 
 
-def evaluate(model: Classifier, tokenizer: Tokenizer, examples: Sequence[Example]) -> ClassScore:
+def evaluate(
+    model: Classifier, tokenizer: Tokenizer, examples: Sequence[Example], where: str = "the examples"
+) -> ClassScore:
     """The model's score on labelled texts; ValueError for a label that it does not know."""
     labels = model.config.labels
-    check_labels(examples, labels, "the examples")
+    check_labels(examples, labels, where)
     predicted = predict(model, tokenizer, [text for text, _ in examples]).argmax(1).tolist()
     return score_classes([labels.index(label) for _, label in examples], predicted, labels)

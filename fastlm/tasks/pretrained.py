@@ -14,6 +14,8 @@ from fastlm.models.lora import add_lora, has_lora, merge, rank_and_alpha, remove
 from fastlm.training.config import LoraConfig
 from fastlm.training.loading import check_vocabulary, find_model
 
+NEW = "new"  # as the model: begin with new weights, for the tasks that can
+
 
 def check_adapters(model: GPT | Encoder, lora: LoraConfig, where: Path) -> None:
     """ValueError where the adapters in a checkpoint are other ones than the settings ask for."""

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastlm.tasks.pretrained import NEW
 from fastlm.training.checkpoint import replace_text
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.progress import Display
@@ -62,6 +63,17 @@ def make_task(config: RunConfig) -> Task:
         raise ValueError(f"there is no task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")
     if not model:
         raise ValueError("task.model is missing: the run, checkpoint or model folder to begin with")
+    ignored = [f"model.{key}" for key in config.model if model != NEW]
+    ignored += ["training.objective"] * (config.training.objective != "causal") + ["data.path"] * bool(config.data.path)
+    if ignored:
+        raise ValueError(
+            f"{ignored[0]} has no meaning here: a fine-tuned model has the shape and the objective that it comes with "
+            "(the model `new` is the exception), and its data are task.train"
+        )
+    if model == NEW and config.lora.rank:
+        raise ValueError(
+            f"LoRA trains beside weights that are there; a new model has none, and lora.rank is {config.lora.rank}"
+        )
     module = importlib.import_module(TASKS[name])
     return module.Task(Path(model), section_from_dict(module.Task.Settings, "task", fields), config)
 

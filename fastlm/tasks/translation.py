@@ -28,7 +28,7 @@ from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.seq2seq import EncoderDecoder
-from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
+from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.run import Loaders, choose_checkpoint
@@ -36,7 +36,6 @@ from fastlm.training.run import Loaders, choose_checkpoint
 SEPARATOR = "\t"
 IGNORED = -100
 ARCHITECTURES = ("decoder", "encoder-decoder")
-NEW = "new"  # as the model: begin with new weights, and a vocabulary trained on the pairs
 
 
 @dataclass
@@ -61,7 +60,8 @@ Pair = tuple[str, str]  # source, target
 
 
 class Task:
-    """See `fastlm.tasks.registry`. The model `new` begins from scratch, with the shape in the config's [model]."""
+    """See `fastlm.tasks.registry`. The model `new` begins from scratch, with the shape in the config's [model] and a
+    vocabulary trained on the pairs."""
 
     Settings = TranslationSettings
 
@@ -77,8 +77,6 @@ class Task:
             raise ValueError(
                 f"an encoder-decoder begins with new weights: give {NEW!r} as the model, got {str(model)!r}"
             )
-        if config.evaluation.sample_every:
-            raise ValueError("a translation run makes no samples on the way: leave evaluation.sample_every at 0")
         self._folder, self._settings, self._config = model, settings, config
         self._train = read_pairs(settings.train, settings)
         self._val = read_pairs(settings.val, settings) if settings.val else []
@@ -89,6 +87,7 @@ class Task:
             self.tokenizer = BPETokenizer.train(itertools.chain(lines, [SEPARATOR]), settings.vocab_size)
         else:
             self.tokenizer = open_pretrained(model)[1]
+        check_options(settings.beams, settings.max_new_tokens, self.tokenizer.vocab_size)
         if self.tokenizer.eot is None:
             raise ValueError(f"{self.tokenizer!r} has no end-of-text token, which ends a translation")
 
@@ -198,9 +197,14 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -
     targets = tokenizer.encode_batch([target for _, target in pairs])
     encoded = []
     for source, target in zip(sources, targets, strict=True):
-        kept = source[: max(1, block_size // 2)].tolist()
+        kept = source[: longest_source(block_size)].tolist()
         encoded.append((kept, target[: block_size - len(kept) - separator - 1].tolist()))
     return encoded
+
+
+def longest_source(block_size: int) -> int:
+    """Tokens of the longest source, so that there is room for a target as long."""
+    return max(1, block_size // 2)
 
 
 def prompt_of(source: Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -315,7 +319,7 @@ def translate(
 ) -> list[str]:
     """The translation of each sentence, by beam search."""
     assert tokenizer.eot is not None
-    eot, limit = tokenizer.eot, max(1, model.config.block_size // 2)
+    eot, limit = tokenizer.eot, longest_source(model.config.block_size)
     ids = [tokenizer.encode(source)[:limit] for source in sources]
     if isinstance(model, GPT):
         prompts = [prompt_of(row, tokenizer) for row in ids]

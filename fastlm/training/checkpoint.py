@@ -55,7 +55,9 @@ class Checkpoint:
         try:
             return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
-            raise ValueError(f"{self.path / STATE} is damaged: {e}") from None
+            # UnpicklingError goes on for lines with advice to load the file as a program: not here.
+            reason = "not what was written" if isinstance(e, pickle.UnpicklingError) else str(e)
+            raise ValueError(f"{self.path / STATE} is damaged: {reason}") from None
 
 
 def find_checkpoints(folder: str | Path) -> list[Checkpoint]:

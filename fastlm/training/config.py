@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -169,27 +170,26 @@ class RunConfig:
         ):
             _at_least(name, least_one, 1)
         for name, number in (("training.lr", t.lr), ("optimizer.eps", o.eps), ("lora.alpha", lora.alpha)):
-            if not number > 0:
-                raise ValueError(f"{name} must be positive, got {number}")
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {number}")
         for name, part in (
             ("training.min_lr_ratio", t.min_lr_ratio),
             ("training.decay_fraction", t.decay_fraction),
-            ("optimizer.beta1", o.beta1),
-            ("optimizer.beta2", o.beta2),
             ("masking.rate", m.rate),
             ("masking.mask", m.mask),
             ("masking.random", m.random),
         ):
             if not 0 <= part <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {part}")
+        for name, beta in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+        if not 0 <= t.seed < 2**63:
+            raise ValueError(f"training.seed must be at least 0 and below 2^63, got {t.seed}")
         if not m.rate or m.mask + m.random > 1:
             raise ValueError(
                 f"masking.rate must be above 0 and masking.mask + masking.random at most 1, got {m.rate} and "
                 f"{m.mask} + {m.random}"
-            )
-        if t.objective == "masked" and e.sample_every:
-            raise ValueError(
-                f"a masked model does not continue texts: evaluation.sample_every is {e.sample_every}, not 0"
             )
 
 
@@ -249,7 +249,7 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
         hints = typing.get_type_hints(type(sections[name]))
         for key, value in table.items():
             if key not in hints:
-                raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+                raise ValueError(f"unknown key {name}.{key}{_hint(key, hints)}; there are: {', '.join(hints)}")
             setattr(sections[name], key, _typed(f"{name}.{key}", value, hints[key]))
     config.validate()
     return config
@@ -285,11 +285,16 @@ def config_to_toml(config: RunConfig) -> str:
 
 
 def section_from_dict(cls: type, name: str, table: dict[str, Any]) -> Any:
-    """A dataclass of settings from a table, with the same errors as `load_config`: for the settings of a task."""
+    """A dataclass of settings from a table, with the same errors as `load_config`: for the settings of a task.
+
+    A whole number passes for a string: columns and labels may be called 0 and 1.
+    """
     section, hints = cls(), typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in hints:
             raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+        if hints[key] is str and type(value) is int:
+            value = str(value)
         setattr(section, key, _typed(f"{name}.{key}", value, hints[key]))
     return section
 
@@ -335,13 +340,34 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+# What other trainers call our settings.
+_ALSO_CALLED = {
+    "learning_rate": "training.lr",
+    "max_steps": "training.steps",
+    "max_iters": "training.steps",
+    "gradient_accumulation_steps": "training.grad_accum",
+    "max_grad_norm": "training.grad_clip",
+    "eval_interval": "evaluation.every",
+    "save_every": "checkpoint.every",
+    "lr_scheduler_type": "training.schedule",
+}
+
+
+def _hint(key: str, known: typing.Iterable[str]) -> str:
+    """The nearest key of the section; else the setting of that name in another one, or what we call it."""
+    sections = dataclasses.asdict(RunConfig())
+    elsewhere = {name: f"{section}.{name}" for section, table in sections.items() for name in table}
+    name = elsewhere.get(key) or _ALSO_CALLED.get(key)
+    return f" (did you mean {name}?)" if name else _nearest(key, known)
+
+
 def _one_of(name: str, value: Any, choices: typing.Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
+    if not least <= value < math.inf:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 

@@ -88,6 +88,7 @@ def start_run(
         source = source or Pretraining(config)
         torch.manual_seed(config.training.seed)  # the same weights on every process
         model = source.make_model()
+        _check_samples(config, model)
         loaders = source.loaders(model, group)
         model.to(torch_device)
         torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
@@ -140,6 +141,7 @@ def continue_run(
         if source.tokenizer.fingerprint != load_tokenizer(run / "tokenizer").fingerprint:
             raise ValueError(f"the tokenizer in {run} is another one than that of the data and the model")
         model = source.open_model(checkpoint.model_path).to(resolve_device(device))
+        _check_samples(config, model)
         loaders = source.loaders(model, group)
         if checkpoint.step >= config.training.steps:
             raise RunDoneError(
@@ -278,6 +280,14 @@ def _stream_loaders(
         return streams, StreamLoader(val, min(settings.batch_size, max(1, val.tokens // (block_size + 1))), block_size)
     except ValueError as e:
         raise ValueError(f"validation split of {config.data.path}: {e}") from None
+
+
+def _check_samples(config: RunConfig, model: Any) -> None:
+    every = config.evaluation.sample_every
+    if every and not hasattr(model, "generate"):
+        raise ValueError(
+            f"this model ({type(model).__name__}) does not continue texts: evaluation.sample_every is {every}, not 0"
+        )
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,15 @@ WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"  # LoRA adapters in a model folder of fastlm's own format
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """The errors within it begin with the folder's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def from_pretrained(
@@ -54,7 +63,8 @@ def from_pretrained(
     """
     folder = Path(path)
     fields = read_config(folder)
-    config = GPTConfig.from_dict({**config_from_huggingface(fields).to_dict(), **changes})
+    with _naming(folder):
+        config = GPTConfig.from_dict({**config_from_huggingface(fields).to_dict(), **changes})
     with ExitStack() as stack:
         checkpoint = _Checkpoint(folder, stack, fields["model_type"])
         with torch.device("meta"):
@@ -78,11 +88,12 @@ def encoder_from_pretrained(
     with ExitStack() as stack:
         checkpoint = _Checkpoint(folder, stack, fields.get("model_type", ""))
         held = checkpoint.tensors.keys()
-        config = encoder_config_from_huggingface(
-            fields,
-            mlm_head=not held.isdisjoint(("cls.predictions.transform.dense.weight", "lm_head.dense.weight")),
-            pooler="pooler.dense.weight" in held,
-        )
+        with _naming(folder):
+            config = encoder_config_from_huggingface(
+                fields,
+                mlm_head=not held.isdisjoint(("cls.predictions.transform.dense.weight", "lm_head.dense.weight")),
+                pooler="pooler.dense.weight" in held,
+            )
         with torch.device("meta"):
             model = Encoder(EncoderConfig.from_dict({**config.to_dict(), **changes}))
         return checkpoint.fill(model, dtype, device)
