@@ -1,4 +1,4 @@
-"""The CPU kernels on arm64: cross-compiled with the NEON page, run by qemu, and compared with this machine's numbers."""
+"""The CPU kernels on arm64: cross-compiled with the NEON page, run by qemu, compared with this machine's numbers."""
 
 from __future__ import annotations
 

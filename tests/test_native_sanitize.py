@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs with AddressSanitizer, UBSan and ThreadSanitizer, on small odd cases and on several threads."""
+"""The C++ kernels for CPUs: AddressSanitizer and UBSan on small odd cases, ThreadSanitizer on several threads."""
 
 from __future__ import annotations
 

@@ -57,6 +57,17 @@ float dot(const float* q, const T* k, int64_t width) {
   return total(sums);
 }
 
+// Both as they lie in memory, where the processor multiplies such numbers.
+template <class T>
+float dot_in_place(const T* q, const T* k, int64_t width) {
+  using P = Products<T>;
+  Vec total = zero();
+  int64_t d = 0;
+  for (; d + P::size <= width; d += P::size) total = P::add(P::load(q + d), P::load(k + d), total);
+  if (d < width) total = P::add(P::load_n(q + d, width - d), P::load_n(k + d, width - d), total);
+  return sum(total);
+}
+
 // Scores of the columns first .. end-1 to weights, -inf to 0. Returns the maximum and the sum.
 struct Softmax {
   float maximum, sum;
@@ -114,8 +125,15 @@ void work_on(const DecodeAttention& p, int64_t b, int64_t part, int64_t kv_head,
     const int64_t head = kv_head * group + r / p.rows, t = r % p.rows, i = p.lengths[b] - p.rows + t;
     const float slope = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[b * p.alibi_batch_stride + head];
     float* s = scores + r * kDecodePart;
-    read_row(p.q, p.type, ((b * p.rows + t) * p.heads + head) * p.width, p.width, q);
-    for (int64_t j = 0; j < n; ++j) s[j] = dot(q, static_cast<const T*>(p.k) + k_offsets[j], p.width) * p.scale;
+    const int64_t q_offset = ((b * p.rows + t) * p.heads + head) * p.width;
+    const T* k = static_cast<const T*>(p.k);
+    if constexpr (Products<T>::pairs) {
+      const T* row = static_cast<const T*>(p.q) + q_offset;
+      for (int64_t j = 0; j < n; ++j) s[j] = dot_in_place(row, k + k_offsets[j], p.width) * p.scale;
+    } else {
+      read_row(p.q, p.type, q_offset, p.width, q);
+      for (int64_t j = 0; j < n; ++j) s[j] = dot(q, k + k_offsets[j], p.width) * p.scale;
+    }
     if (p.softcap > 0.0f) {
       over_row(n, [&](auto at, int64_t c, int) {
         at.store(s + c, set1(p.softcap) * tanh(at.load(s + c) * set1(1.0f / p.softcap)));
@@ -180,4 +198,4 @@ void decode_attention_cpu(const DecodeAttention& p) {
 
 }  // namespace fastlm::FASTLM_ISA
 
-FASTLM_DISPATCH(decode_attention_cpu, (const DecodeAttention& p), (p))
+FASTLM_DISPATCH_BF16(decode_attention_cpu, (const DecodeAttention& p), (p))

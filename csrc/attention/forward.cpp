@@ -82,27 +82,43 @@ struct ForwardBuffers {
 // With no more lanes than this, a product would fill its vectors of lanes with little: vectors run along D instead.
 constexpr int64_t kDotLanes = 4;
 
-// s[j * kRows + lane] = k_j . q_lane for a few lanes, q as rows of `stride` floats.
-void dot_scores(int64_t columns, const View& k, const float* q, int64_t lanes, int64_t stride, float* s) {
+// s[j * kRows + lane] = scale k_j . q_lane for a few lanes.
+template <class T>
+void dot_scores(int64_t columns, const T* k, int64_t k_stride, const T* const (&q)[kDotLanes], int64_t lanes,
+                int64_t width, float scale, float* s) {
+  using P = Products<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Vec::size) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       Vec sums[Vec::size];
       for (int64_t r = 0; r < Vec::size; ++r) {
-        const float* row = k.data + std::min(j0 + r, columns - 1) * k.stride;
+        const T* row = k + std::min(j0 + r, columns - 1) * k_stride;
         sums[r] = zero();
-        for (int64_t d = 0; d < stride; d += Vec::size)
-          sums[r] = fma(load(row + d), load(q + lane * stride + d), sums[r]);
+        int64_t d = 0;
+        for (; d + P::size <= width; d += P::size) sums[r] = P::add(P::load(row + d), P::load(q[lane] + d), sums[r]);
+        if (d < width) sums[r] = P::add(P::load_n(row + d, width - d), P::load_n(q[lane] + d, width - d), sums[r]);
       }
       transpose(sums);
       for (int64_t step = Vec::size / 2; step > 0; step /= 2) {
         for (int64_t r = 0; r < step; ++r) sums[r] += sums[r + step];
       }
       float scores[Vec::size];
-      store(scores, sums[0]);
+      store(scores, sums[0] * set1(scale));
       const int64_t count = std::min<int64_t>(Vec::size, columns - j0);
       for (int64_t r = 0; r < count; ++r) s[(j0 + r) * kRows + lane] = scores[r];
     }
   }
+}
+
+// The same where the processor multiplies bf16 numbers: q and k as they lie in memory.
+void dot_scores_in_place(const AttentionInputs& p, const Lanes& lanes, int64_t kv_head, int64_t j0, int64_t columns,
+                         float* s) {
+  const bf16* q[kDotLanes] = {};
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    q[i] = static_cast<const bf16*>(p.q) + lanes.batch * p.q_strides.batch + lanes.row[i] * p.q_strides.row +
+           lanes.head[i] * p.q_strides.head;
+  }
+  const bf16* k = static_cast<const bf16*>(p.k) + lanes.batch * p.k_strides.batch + kv_head * p.k_strides.head;
+  dot_scores(columns, k + j0 * p.k_strides.row, p.k_strides.row, q, lanes.count, p.width, p.scale, s);
 }
 
 void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes, int64_t kv_head, int64_t begin,
@@ -115,7 +131,7 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
     return;
   }
   read_lanes(p.q, p.type, p.q_strides, lanes, p.width, result.out);  // the output's place is still free
-  const bool dot = lanes.count <= kDotLanes;
+  const bool dot = lanes.count <= kDotLanes, in_place = dot && Products<bf16>::pairs && p.type == DType::bf16;
   if (dot) {
     for (int64_t d = 0; d < lanes.count * stride; d += Vec::size) {
       store(buffers.q + d, load(result.out + d) * set1(p.scale));
@@ -130,9 +146,16 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
     const int64_t columns = std::min(kColumns, end - j0);
     const Band band = band_of_rows(p, block, j0);
     float* s = buffers.scores;
-    const View k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_k, buffers.k);
-    if (dot) {
-      dot_scores(columns, k, buffers.q, lanes.count, stride, s);
+    View k{nullptr, 0};
+    if (!in_place) {
+      k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_k, buffers.k);
+    }
+    if (in_place) {
+      dot_scores_in_place(p, lanes, kv_head, j0, columns, s);
+    } else if (dot) {
+      const float* q[kDotLanes] = {};
+      for (int64_t i = 0; i < lanes.count; ++i) q[i] = buffers.q + i * stride;
+      dot_scores(columns, k.data, k.stride, q, lanes.count, stride, 1.0f, s);  // q has the scale already
     } else {
       product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q, kRows, s, kRows, false,
                             transposed(band));
@@ -237,4 +260,4 @@ void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
 
 }  // namespace fastlm::FASTLM_ISA
 
-FASTLM_DISPATCH(attention_forward_cpu, (const AttentionInputs& p, void* out, float* lse), (p, out, lse))
+FASTLM_DISPATCH_BF16(attention_forward_cpu, (const AttentionInputs& p, void* out, float* lse), (p, out, lse))

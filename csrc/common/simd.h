@@ -9,6 +9,8 @@
 //   first_n(a, b, n)                the first n < Vec::size lanes of a, the others of b
 //   if_less(a, b, yes, no) = a < b ? yes : no,  ldexp(a, n) = a * 2^n for a whole number n, |n| < 250
 //
+//   Products<T>                     of a dot product of numbers of type T in memory: how many a step takes (size), load,
+//                                   load_n, and add(a, b, c) = c + a b, whose lanes sum() puts together
 //   prefetch(p), prefetch_to_write(p)  the cache line at p, which may lie past the end of an array
 //
 // The operations compute the same on every instruction set but for fma, which rounds twice where there is none
@@ -19,6 +21,11 @@
 #include "common/dtype.h"
 #include "common/half.h"
 #include "common/isa.h"
+
+namespace fastlm::FASTLM_ISA {
+template <class T>
+struct Products;  // a page may have a better one for a type
+}  // namespace fastlm::FASTLM_ISA
 
 #if defined(__AVX512F__)
 #include "common/simd_avx512.h"
@@ -34,6 +41,16 @@ namespace fastlm::FASTLM_ISA {
 
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 inline Vec zero() { return set1(0.0f); }
+
+template <class T>
+struct Products {
+  static constexpr int64_t size = Vec::size;
+  static constexpr bool pairs = false;
+  static Vec load(const T* p) { return FASTLM_ISA::load(p); }
+  static Vec load_n(const T* p, int64_t n) { return FASTLM_ISA::load_n(p, n); }
+  static Vec add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 

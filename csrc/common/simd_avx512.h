@@ -1,6 +1,11 @@
-// simd.h on AVX-512 (F, DQ, BW, VL). Included by simd.h only.
+// simd.h on AVX-512 (F, DQ, BW, VL), and with BF16 where the processor has it. Included by simd.h only.
 #pragma once
 #include <immintrin.h>
+
+#if defined(__AVX512BF16__) || defined(FASTLM_EMULATE_AVX512_BF16)
+#define FASTLM_PAIRS_OF_BF16
+#include "common/avx512_bf16.h"
+#endif
 
 namespace fastlm::FASTLM_ISA {
 
@@ -39,8 +44,11 @@ inline float sum(Vec a) {
 inline Vec from_bits(__m256i b, bf16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
 inline Vec from_bits(__m256i b, f16) { return {_mm512_cvtph_ps(b)}; }
 
-// VCVTNEPS2BF16 is not used: it flushes subnormal numbers to zero.
 inline __m256i to_bits(Vec a, bf16) {
+#if defined(FASTLM_PAIRS_OF_BF16)
+  // The instruction makes zeros of subnormal numbers: those, which hardly occur, take the other way.
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, 0x20) == 0, 1)) return rounded_to_bf16(a.v);
+#endif
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -74,5 +82,24 @@ template <class Half>
 inline void store_n(Half* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), to_bits(a, Half{}));
 }
+
+#if defined(FASTLM_PAIRS_OF_BF16)
+
+// Products of bf16 numbers two by two. Rounding is that of fma after each of the two; numbers below 2^-126 count as 0.
+template <>
+struct Products<bf16> {
+  static constexpr int64_t size = 2 * Vec::size;
+  static constexpr bool pairs = true;
+  struct Part {
+    __m512i v;
+  };
+  static Part load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static Part load_n(const bf16* p, int64_t n) {
+    return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p)};
+  }
+  static Vec add(Part a, Part b, Vec c) { return {add_dot_of_pairs(c.v, a.v, b.v)}; }
+};
+
+#endif
 
 }  // namespace fastlm::FASTLM_ISA

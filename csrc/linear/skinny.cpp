@@ -21,20 +21,21 @@ void tile(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, 
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) sums[r][c] = zero();
   }
-  const auto step = [&](auto at, int64_t k) __attribute__((always_inline)) {
-    Vec w[C];
+  using P = Products<T>;
+  const auto step = [&](const auto& load, int64_t k) __attribute__((always_inline)) {
+    decltype(P::load(x)) w[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) w[c] = at.load(weight + c * weight_stride + k);
+    for (int c = 0; c < C; ++c) w[c] = load(weight + c * weight_stride + k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec v = at.load(x + r * x_stride + k);
+      const auto v = load(x + r * x_stride + k);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sums[r][c] = fma(v, w[c], sums[r][c]);
+      for (int c = 0; c < C; ++c) sums[r][c] = P::add(v, w[c], sums[r][c]);
     }
   };
   int64_t k = 0;
-  for (; k + Vec::size <= depth; k += Vec::size) step(Whole{}, k);
-  if (k < depth) step(Rest{depth - k}, k);
+  for (; k + P::size <= depth; k += P::size) step([](const T* p) { return P::load(p); }, k);
+  if (k < depth) step([n = depth - k](const T* p) { return P::load_n(p, n); }, k);
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) y[r][c] = sum(sums[r][c]);
   }
@@ -83,4 +84,4 @@ void skinny_linear_cpu(const SkinnyLinear& p) {
 
 }  // namespace fastlm::FASTLM_ISA
 
-FASTLM_DISPATCH(skinny_linear_cpu, (const SkinnyLinear& p), (p))
+FASTLM_DISPATCH_BF16(skinny_linear_cpu, (const SkinnyLinear& p), (p))

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels into programs of their own: with sanitizers, for other processors, with instructions emulated.
+"""Compiles the CPU kernels into programs: with sanitizers, for other processors, with instructions emulated.
 
 A program has each kernel once, under the name "baseline", with the vectors of the instruction set whose flags it is
 compiled with. Unoptimised where nothing is said, which compiles in a fraction of the time.
@@ -43,8 +43,8 @@ def kernels() -> list[Path]:
     return [source for source in sources if source.name not in NO_KERNELS]
 
 
-def program(variant: Variant, sources: list[Path], name: str = "program") -> Path:
-    """The kernels call the functions of the other instruction sets, which are not there: weak, they are null."""
+def program(variant: Variant, sources: list[Path], name: str = "program", link: tuple[str, ...] = ()) -> Path:
+    """`link`: flags of the linker alone. The kernels call the functions of the other instruction sets, which are not there: weak, they are null."""
     folder = build.FOLDER.with_name("native") / variant.name
     compiler = [*(variant.compiler or toolchain.compiler())]
     flags = [*toolchain.CXX_FLAGS, "-O0", "-g1", *variant.flags, "-DFASTLM_ISA=baseline", "-DFASTLM_ISA_IS_BASELINE"]
@@ -53,7 +53,7 @@ def program(variant: Variant, sources: list[Path], name: str = "program") -> Pat
     lines = [
         f"rule cxx\n  command = {compile_one} && {variant.objcopy} -w --weaken-symbol='_ZN6fastlm*' $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {shlex.join([*compiler, *variant.flags])} $in -lpthread -o $out",
+        f"rule link\n  command = {shlex.join([*compiler, *variant.flags, *link])} $in -lpthread -o $out",
     ]
     objects = []
     for source in sources:
