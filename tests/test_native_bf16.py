@@ -1,5 +1,7 @@
-"""The page of AVX-512 with bf16 on processors that lack it: its two instructions are replaced by plain C++ of what Intel's
-manual says they do (csrc/common/avx512_bf16.h), and the kernels go through their cases and the op suite with them.
+"""The page of AVX-512 with bf16 on processors that lack it.
+
+Its two instructions are replaced by plain C++ of what Intel's manual says they do (csrc/common/avx512_bf16.h), and the
+kernels go through their cases and the op suite with them.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def kernels() -> list[Path]:
 
 
 def program(variant: Variant, sources: list[Path], name: str = "program", link: tuple[str, ...] = ()) -> Path:
-    """`link`: flags of the linker alone. The kernels call the functions of the other instruction sets, which are not there: weak, they are null."""
+    """The kernels call the functions of the other instruction sets, which are not there: weak, they are null.
+
+    `link`: flags of the linker alone.
+    """
     folder = build.FOLDER.with_name("native") / variant.name
     compiler = [*(variant.compiler or toolchain.compiler())]
     flags = [*toolchain.CXX_FLAGS, "-O0", "-g1", *variant.flags, "-DFASTLM_ISA=baseline", "-DFASTLM_ISA_IS_BASELINE"]
