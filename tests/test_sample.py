@@ -17,6 +17,7 @@ from fastlm.ops.philox import philox4x32
 from fastlm.ops.sample.reference import kept_weights, random_words
 from tests.op_suite import BACKENDS, DTYPES
 
+SLOW = ("emulator", "triton")
 OPTIONS = [
     {},
     {"temperature": 0.0},
@@ -65,9 +66,9 @@ def check(ids: Tensor, logits: Tensor, state: Tensor, options: dict) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_draws_are_those_of_the_random_numbers(backend, dtype, ties, options) -> None:
-    rows = 1 if backend == "emulator" else 6
-    if backend == "emulator" and ties != (dtype == torch.float32):
-        pytest.skip("the emulator runs half of these: it takes its time")
+    rows = 1 if backend in SLOW else 6
+    if backend in SLOW and ties != (dtype == torch.float32):
+        pytest.skip("the emulator and Triton's interpreter run half of these: they take their time")
     logits, state = random_logits(rows, 1100, dtype=dtype, ties=ties), states(rows)
     ids = run(backend, logits, rng_state=state, **options)
     assert ids.dtype == torch.int64 and ids.shape == (rows,)
@@ -118,7 +119,7 @@ def test_rows_without_a_choice(backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_are_kept_at_the_kth_and_cut_in_order_by_top_p(backend) -> None:
-    rows = 40 if backend == "emulator" else 300
+    rows = 40 if backend in SLOW else 300
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, -3.0]]).expand(rows, 6)
     assert set(run(backend, logits, top_k=2, rng_state=states(rows)).tolist()) == {1, 2, 3, 4}
     # 1.0 has the probability 0.227: two of the four reach 0.4

@@ -43,9 +43,12 @@ def step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     maximize: bool,
 ) -> None:
+    scale = None
+    if isinstance(grad_scale, Tensor):  # it stays on the device: nothing waits for it
+        scale, grad_scale = grad_scale.float(), 1.0
     numbers = (
         -grad_scale if maximize else grad_scale,
         1 - lr * weight_decay,
@@ -60,9 +63,9 @@ def step(
     device = params[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, numbers)
+            _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, scale, numbers)
     else:
-        _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, numbers)
+        _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, scale, numbers)
 
 
 def _update(
@@ -72,6 +75,7 @@ def _update(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor | None],
     masters: Sequence[Tensor | None],
+    scale: Tensor | None,
     numbers: tuple[float, ...],
 ) -> None:
     config = STEP.config(params[0].device, ())
@@ -84,7 +88,7 @@ def _update(
         if not packed:
             updated, shadow = updated.contiguous(), None
         grid = (cdiv(m.numel(), config["BLOCK"]), 1, 1)
-        STEP(config, grid, updated, grad.contiguous(), m, v, v_max, shadow, m.numel(), *numbers)
+        STEP(config, grid, updated, grad.contiguous(), m, v, v_max, shadow, scale, m.numel(), *numbers)
         if not packed:
             p.copy_(updated)
 
@@ -106,7 +110,8 @@ def _example(device: torch.device, dtype: torch.dtype, master: bool, amsgrad: bo
         p = torch.ones(3072, 768, dtype=dtype, device=device)
         wide = torch.ones(3072, 768, device=device)
         states = [wide], [wide.clone()], [wide.clone() if amsgrad else None], [wide.clone() if master else None]
-        step([p], [p.clone()], *states, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0, False)
+        scale = torch.ones((), device=device) if amsgrad else 1.0
+        step([p], [p.clone()], *states, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, scale, False)
 
     name = f"3072x768 {dtype}{' master' if master else ''}{' AMSGrad' if amsgrad else ''}"
     return Example(name.replace("torch.", ""), call)

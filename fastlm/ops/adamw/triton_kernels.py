@@ -12,6 +12,7 @@ def step(
     exp_avg_sq,  # (size) float32
     max_exp_avg_sq,  # (size) float32, or None
     shadow,  # (size): the parameter whose master is updated, or None
+    scale,  # one float32, a further factor on the gradient; or None
     size: tl.int64,
     grad_scale: tl.float32,
     decay: tl.float32,  # 1 - lr * weight_decay
@@ -27,6 +28,8 @@ def step(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * grad_scale
+    if scale is not None:
+        g *= tl.load(scale)
     w = tl.load(p + place, mask=inside, other=0.0).to(tl.float32) * decay
     m = tl.load(exp_avg + place, mask=inside, other=0.0) * beta1 + rest1 * g
     v = tl.load(exp_avg_sq + place, mask=inside, other=0.0) * beta2 + rest2 * g * g

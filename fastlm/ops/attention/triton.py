@@ -68,8 +68,8 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     heavy = _heavy(alibi_slopes, softcap, dropout_p)
     described = not heavy and cu_seqlens is None and _describable(q, k, v)
-    config = FORWARD.config(q.device, _problem(q, heavy, described))
     unit = _unit(q, k, v)
+    config = FORWARD.config(q.device, _problem(q, heavy, described, unit))
     sequences, longest, _ = _extent(q, k, cu_seqlens, max_seqlen)
     blocks = cdiv(longest, config["BLOCK_M"])
     options = _options(window_left, window_right, softcap)
@@ -122,22 +122,21 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     heavy = _heavy(alibi_slopes, softcap, dropout_p)
     described = not heavy and cu_seqlens is None and _describable(q, k, v, dout)
-    problem = _problem(q, heavy, described)
+    unit = _unit(q, k, v, dout)
+    problem = _problem(q, heavy, described, unit)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     config = TERMS.config(q.device, problem)
     blocks = cdiv(length, config["BLOCK_M"])
-    unit = _unit(dout)
     TERMS(
         config,
         (blocks * heads * batch, 1, 1),
         *(out, dout, lse, dlse, lse2, delta),
-        *_strides(unit, dout),
+        *_strides(_unit(dout), dout),
         length,
         blocks,
-        *(heads, width, _padded(width), unit),
+        *(heads, width, _padded(width), _unit(dout)),
     )
-    unit = _unit(q, k, v, dout)
     sequences, rows, columns = _extent(q, k, cu_seqlens, max_seqlen)
     numbers = _numbers(q, k, scale, window_left, window_right, softcap)
     options = _options(window_left, window_right, softcap)
@@ -146,7 +145,7 @@ def backward(
     slopes_stride = heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
 
     narrow = described and width <= 128  # wider: the blocks that fit are too small for Hopper's warp groups
-    config = COLUMNS.config(q.device, _problem(q, heavy, narrow))
+    config = COLUMNS.config(q.device, _problem(q, heavy, narrow, unit))
     blocks = cdiv(columns, config["BLOCK_N"])
     q_read, dout_read = _descriptors(config["BLOCK_M"], q, dout) if narrow else (q, dout)
     COLUMNS(
@@ -193,7 +192,9 @@ def _heavy(slopes: Tensor | None, softcap: float, dropout_p: float) -> bool:
     return softcap > 0 or slopes is not None or dropout_p > 0
 
 
-def _problem(q: Tensor, heavy: bool, described: bool) -> tuple[str, int, str]:
+def _problem(q: Tensor, heavy: bool, described: bool, unit: int) -> tuple[str, int, str]:
+    """Odd strides count as heavy: each address takes registers."""
+    heavy = heavy or unit == 1
     return dtype_name(q), _padded(q.shape[3]), "heavy" if heavy else "descriptors" if described else "pointers"
 
 

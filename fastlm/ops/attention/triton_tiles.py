@@ -21,17 +21,18 @@ _Table = dict[str, tuple[_Tile, ...]]  # kind -> for padded head dims up to 64, 
 _FORWARD: _Table = {
     "descriptors": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
     "pointers": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    "heavy": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    "float32": ((64, 32, 8, 2), (32, 32, 8, 2)),
+    "heavy": ((64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)),
+    "float32": ((32, 32, 8, 2), (32, 16, 8, 2)),
     "amd": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     "amd heavy": ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     "amd float32": ((32, 32, 4, 1), (32, 32, 4, 1)),
 }
 _COLUMNS: _Table = {
     "descriptors": ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 8, 2)),
-    "pointers": ((64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    "blackwell": ((64, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),  # descriptors there
+    "pointers": ((32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     "heavy": ((32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
-    "float32": ((16, 32, 8, 2), (16, 16, 8, 1)),
+    "float32": ((32, 32, 8, 1), (16, 16, 8, 1)),
     "amd": ((64, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
     "amd heavy": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
     "amd float32": ((32, 32, 4, 1), (16, 32, 4, 1)),
@@ -52,7 +53,9 @@ def forward(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
 
 
 def columns(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
-    return _choose(_COLUMNS, arch, problem)
+    dtype, width, kind = problem
+    blackwell = arch == "sm_100" and kind == "descriptors"
+    return _choose(_COLUMNS, arch, (dtype, width, "blackwell" if blackwell else kind))
 
 
 def rows(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
@@ -61,7 +64,7 @@ def rows(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
 
 def terms(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
     """Two loads and a sum: a warp has a few rows whatever the head dim, and memory is all that counts."""
-    return [Config(BLOCK_M=32 if problem[1] > 128 else 64, num_warps=4, num_stages=1)]
+    return [Config(BLOCK_M=32 if problem[1] > 64 else 64, num_warps=4, num_stages=1)]
 
 
 def _choose(table: _Table, arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, registry
-from fastlm.ops.grad_norm import cuda, native, reference
+from fastlm.ops.grad_norm import cuda, native, reference, triton
 
 
 @torch.no_grad()
@@ -48,4 +48,4 @@ def _prepare(gradients: Sequence[Tensor], max_norm: float) -> tuple:
     return gradients, float(max_norm)
 
 
-registry.register("grad_norm", _prepare, reference=reference, cpu=native, cuda=cuda)
+registry.register("grad_norm", _prepare, reference=reference, cpu=native, cuda=cuda, triton=triton)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.sample import native, reference
+from fastlm.ops.sample import native, reference, triton
 
 MAX_VOCABULARY = 2**22  # csrc/sampling/sample.h: exact sums of integer weights
 
@@ -113,4 +113,4 @@ _sample = library.define(
     _sample_fake,
 )
 
-registry.register("sample", _prepare, reference=reference, cpu=native, cuda=native)
+registry.register("sample", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)
