@@ -105,6 +105,8 @@ def test_module_is_torchs() -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_fuzz(backend, shape, vocabulary, cols, ids, common, padding, layout, dtype) -> None:
+    if backend == "triton" and not torch.cuda.is_available():  # a program each, one after the other
+        shape = tuple(min(n, 12) for n in shape)
     if len(shape) < 2:
         layout = ""
     common = common if vocabulary > 1 else 0.0
