@@ -231,6 +231,11 @@ void attention_forward(bool on_cuda, Address out, Address lse, const std::array<
           : attention_forward_cpu(p, at<void>(out), at<float>(lse));
 }
 
+int64_t attention_backward_workspace_of(const std::array<Address, 6>& address, const std::array<int64_t, 20>& size,
+                                        float scale, float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
+  return attention_backward_workspace(attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type));
+}
+
 // gradients: out, lse, dout, dlse, dq, dk, dv. workspace: CUDA only
 void attention_backward(bool on_cuda, const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
                         const std::array<Address, 6>& address, const std::array<int64_t, 20>& size, float scale,
@@ -421,6 +426,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_block", &cross_entropy_block);
   m.def("cross_entropy_block_cuda", &cross_entropy_block_on_cuda);
   m.def("attention_forward", &attention_forward);
+  m.def("attention_backward_workspace", &attention_backward_workspace_of);
   m.def("attention_backward", &attention_backward);
   m.def("rotary", &rotary);
   m.def("embedding_forward", &embedding_forward);

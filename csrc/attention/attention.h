@@ -47,7 +47,19 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
 // CUDA, sm_80 and newer. D is a multiple of 8 up to 256; q, k, v, out, dout and their strides are aligned to 16 bytes.
 // dout is there also where it is zero. Everything is summed in a fixed order: two runs give the same bits.
 void attention_forward_cuda(const AttentionInputs& p, void* out, float* lse, void* stream);
-// workspace: 2 B H T floats.
+// workspace: attention_backward_workspace(p) floats.
 void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients& g, float* workspace, void* stream);
+
+// Where one kernel makes dq, dk and dv: 16-bit types with a head dim up to 128.
+inline bool attention_backward_has_one_pass(const AttentionInputs& p) { return p.type != DType::f32 && p.width <= 128; }
+// The queries that the one-pass kernel has room for: every sequence in whole blocks of up to 64.
+inline int64_t attention_backward_room(const AttentionInputs& p) {
+  return p.cu_seqlens == nullptr ? p.batch * ((p.rows + 63) / 64 * 64) : p.rows + 64 * p.sequences;
+}
+// lse and delta; for one pass also dq in float32, a turn for each block of 32 queries or more, and the ticket.
+inline int64_t attention_backward_workspace(const AttentionInputs& p) {
+  const int64_t rows = 2 * p.batch * p.heads * p.rows, room = attention_backward_room(p) * p.heads;
+  return attention_backward_has_one_pass(p) ? rows + room * (p.width <= 64 ? 64 : 128) + room / 32 + 1 : rows;
+}
 
 }  // namespace fastlm

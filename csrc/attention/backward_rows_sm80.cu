@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
 
 void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream) {
   const AttentionInputs& p = inputs.p;
-  with_variant(p, [&](auto variant) {
+  with_variant<true>(p, [&](auto variant) {
     using V = decltype(variant);
     using T = typename V::type;
     using S = Shape<T, V::kWidth, V::kGeneral>;

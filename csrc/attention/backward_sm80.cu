@@ -8,11 +8,13 @@ namespace {
 constexpr int kLanes = 8;  // of a row: 8 vectors are 64 elements
 constexpr int kThreads = 128;
 
-// lse and delta of sm80/backward.h. lse_factor: log2e where the kernels that follow are the plain ones.
+// lse and delta of sm80/backward.h. lse_factor: log2e where the kernels that follow are the plain ones. Sets `zeros` words
+// from `zero` on to 0.
 __global__ void __launch_bounds__(kThreads)
     attention_delta(const __grid_constant__ AttentionInputs p, const __grid_constant__ AttentionGradients g, float lse_factor,
-                    float* __restrict__ lse, float* __restrict__ delta) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;  // of (B, T, H)
+                    float* __restrict__ lse, float* __restrict__ delta, uint32_t* __restrict__ zero, int64_t zeros) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, index = thread / kLanes;  // of (B, T, H)
+  for (int64_t i = thread; i < zeros; i += static_cast<int64_t>(gridDim.x) * kThreads) zero[i] = 0;
   const bool there = index < p.batch * p.rows * p.heads;
   const int64_t head = index % p.heads, row = index / p.heads % p.rows, batch = index / p.heads / p.rows;
   float sum = 0.0f;
@@ -44,19 +46,26 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
   check_rows("dout", g.dout, g.dout_strides, p.batch, p.rows, p.heads, p.type);
   check_rows("out", g.out, {0, 0, 0}, 1, 1, 1, p.type);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int64_t planes = p.batch * p.heads, rows = planes * p.rows;
-  float *const lse = workspace, *const delta = workspace + rows;
-  if (rows > 0) {
-    const int64_t blocks = (rows * kLanes + kThreads - 1) / kThreads;
-    if (blocks > 2147483647) {
-      throw std::invalid_argument("attention: " + std::to_string(blocks) + " blocks wanted, but a CUDA grid holds at most 2147483647");
-    }
-    launch("attention_delta", {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, cuda_stream}, attention_delta, p, g,
-           has_general_kernel(p) ? 1.0f : kLog2E, lse, delta);
+  const int64_t rows = p.batch * p.heads * p.rows, room = attention_backward_room(p) * p.heads;
+  const bool one_pass = attention_backward_has_one_pass(p);
+  float *const lse = workspace, *const delta = lse + rows, *const dq = delta + rows;
+  const int64_t turns = one_pass ? room / 32 : 0, zeros = one_pass ? turns + 1 : 0;
+  auto* const zero = reinterpret_cast<uint32_t*>(dq + (one_pass ? room * (p.width <= 64 ? 64 : 128) : 0));
+  const int64_t blocks = (rows * kLanes + kThreads - 1) / kThreads;
+  if (blocks > 2147483647) {
+    throw std::invalid_argument("attention: " + std::to_string(blocks) + " blocks wanted, but a CUDA grid holds at most 2147483647");
+  }
+  if (blocks > 0 || one_pass) {
+    launch("attention_delta", {dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1)), dim3(kThreads), 0, cuda_stream}, attention_delta, p,
+           g, has_general_kernel(p) ? 1.0f : kLog2E, lse, delta, zero, zeros);
   }
   const BackwardInputs inputs{p, g.dout, g.dout_strides, lse, delta};
-  attention_backward_rows(inputs, g.dq, cuda_stream);
-  attention_backward_columns(inputs, g.dk, g.dv, cuda_stream);
+  if (one_pass) {
+    attention_backward_one_pass(inputs, {dq, zero, zero + turns}, g.dq, g.dk, g.dv, cuda_stream);
+  } else {
+    attention_backward_rows(inputs, g.dq, cuda_stream);
+    attention_backward_columns(inputs, g.dk, g.dv, cuda_stream);
+  }
 }
 
 }  // namespace fastlm

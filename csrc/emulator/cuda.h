@@ -47,6 +47,9 @@ struct LaunchConfig {
   bool programmatic = false;  // may begin before the kernel in front of it has ended
 };
 
+// Of a block, in bytes.
+size_t max_shared_memory();
+
 // Runs the grid to its end. Throws LaunchError at the first mistake, with file, line, thread and seed.
 void launch_threads(const LaunchConfig& config, const std::function<void()>& thread);
 

@@ -157,7 +157,7 @@ void run_grid() {
   }
 }
 
-void check(const LaunchConfig& c) {
+void check(const LaunchConfig& c, size_t shared_limit) {
   const uint64_t threads = uint64_t{c.block.x} * c.block.y * c.block.z;
   if (threads == 0 || threads > kMaxThreads) throw LaunchError("invalid configuration: a block has 1 to 1024 threads");
   if (c.block.z > 64) throw LaunchError("invalid configuration: a block is at most 64 deep");
@@ -170,7 +170,9 @@ void check(const LaunchConfig& c) {
   if (c.grid.x % k.x != 0 || c.grid.y % k.y != 0 || c.grid.z % k.z != 0) {
     throw LaunchError("invalid configuration: the grid is not made of whole clusters");
   }
-  if (c.shared > kSharedLimit) throw LaunchError("invalid configuration: a block has at most 232448 bytes of shared memory");
+  if (c.shared > shared_limit) {
+    throw LaunchError("invalid configuration: a block has at most " + std::to_string(shared_limit) + " bytes of shared memory");
+  }
 }
 
 // A failed launch leaves threads in the middle of their code. Their stacks are used again without being unwound: what
@@ -183,12 +185,14 @@ void abandon() {
 
 }  // namespace
 
+size_t max_shared_memory() { return options_from_environment().shared; }
+
 void launch_threads(const LaunchConfig& config, const std::function<void()>& thread) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Ignored ignored;
-  check(config);
   const Options options = options_from_environment();
+  check(config, options.shared);
   Grid g;
   g.config = config;
   g.thread = &thread;

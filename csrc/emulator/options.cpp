@@ -34,6 +34,7 @@ Options options_from_environment() {
   o.seed = number("FASTLM_EMULATOR_SEED", 0);
   o.resident = static_cast<int>(number("FASTLM_EMULATOR_RESIDENT", 64));
   if (o.resident < 1) throw std::invalid_argument("FASTLM_EMULATOR_RESIDENT=0; wanted at least 1");
+  o.shared = number("FASTLM_EMULATOR_SHARED", o.shared);
   return o;
 }
 

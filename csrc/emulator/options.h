@@ -1,6 +1,8 @@
 // How the emulator runs a grid: FASTLM_EMULATOR_SCHEDULE (fifo, lifo, random), FASTLM_EMULATOR_SEED (of random),
-// FASTLM_EMULATOR_RESIDENT (the most blocks, or clusters, that run at a time).
+// FASTLM_EMULATOR_RESIDENT (the most blocks, or clusters, that run at a time), FASTLM_EMULATOR_SHARED (the most bytes of
+// shared memory that a block may have: less than an H100's are a smaller GPU's).
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace fastlm::emulator {
@@ -11,6 +13,7 @@ struct Options {
   Schedule schedule = Schedule::fifo;
   uint64_t seed = 0;
   int resident = 64;
+  size_t shared = 227 * 1024;
 };
 
 // Read from the environment at every launch. Throws std::invalid_argument for what it does not know.

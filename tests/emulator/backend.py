@@ -117,6 +117,9 @@ class Compiled:
     def attention_forward(self, on_cuda: bool, *arguments: Any) -> None:
         module().attention_forward(True, *arguments)
 
+    def attention_backward_workspace(self, *arguments: Any) -> int:
+        return module().attention_backward_workspace(*arguments)
+
     def attention_backward(self, on_cuda: bool, *arguments: Any) -> None:
         module().attention_backward(True, *arguments)
 

@@ -3,8 +3,9 @@
 //   delta_i = sum over d of dout_id out_id - dlse_i,   ds_ij = (p'_ij dout_i . v_j - p_ij delta_i) softcap'
 //   dv_j = sum over i of p'_ij dout_i,   dk_j = scale sum over i of ds_ij q_i,   dq_i = scale sum over j of ds_ij k_j
 //
-// dk and dv are sums over rows and dq is one over columns, so each has a kernel in which a block of threads owns what it
-// sums: no atomics, no order to enforce, and seven products instead of the five that one kernel for both would need.
+// dk and dv are sums over rows and dq is one over columns. Where registers and shared memory hold dk and dv next to whole
+// blocks of scores, one kernel makes all three with five products (backward_one_pass_sm80.cu). For float32 and wider heads
+// each has a kernel in which a block of threads owns what it sums: no order to enforce, and seven products.
 #pragma once
 #include "attention/sm80/fragments.h"
 #include "attention/sm80/launch.h"
@@ -20,6 +21,15 @@ struct BackwardInputs {
   const float* delta;  // (B, H, T)
 };
 
+// The part of the workspace that the one-pass kernel needs.
+struct OnePassWorkspace {
+  float* dq;  // blocks of queries by heads, each as its accumulators lie in registers
+  uint32_t* turns;  // by the same: how many blocks of keys have added their part; 0 at first
+  uint32_t* ticket;  // how many blocks of threads have begun; 0 at first
+};
+
+void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+                                 cudaStream_t stream);
 void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream);
 void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv, cudaStream_t stream);
 

@@ -35,6 +35,12 @@ struct Operands {
     const int l = lane_id();
     ptx::ldmatrix(a.r, step_address(tile.address + tile.offset(row + (l & 15), l >> 4), step));
   }
+  // a transposed: its rows are columns column..column + 15 of the tile, its inner dimension rows 16 step..
+  template <class Tile>
+  static FASTLM_DEVICE void columns_of_a(A& a, const Tile& tile, int column, int step) {
+    const int l = lane_id();
+    ptx::ldmatrix<4, true>(a.r, tile.address + tile.offset(step * 16 + (l & 7) + (l >> 4) * 8, column / 8 + (l >> 3 & 1)));
+  }
   // b's columns are rows row..row + 15 of the tile; its inner dimension runs along them.
   template <class Tile>
   static FASTLM_DEVICE void rows_of_b(B& b, const Tile& tile, int row, int step) {
@@ -182,6 +188,32 @@ FASTLM_DEVICE void weights_by_columns(float (&acc)[kRowTiles][kTiles][4], const 
       for (int r = 0; r < kRowTiles; r++) {
         Op::multiply(acc[r][n], weights[r].part[step], b_part, 0);
         Op::multiply(acc[r][n + 1], weights[r].part[step], b_part, 1);
+      }
+    }
+  }
+}
+
+// acc[r] += rows row + 16 r.. of a, or of a transposed, over kInner of its elements, times columns 8 first.. of b.
+template <bool kTransposed, int kInner, class T, int kWidthA, int kWidthB, int kRowTiles, int kTiles>
+FASTLM_DEVICE void tile_by_columns(float (&acc)[kRowTiles][kTiles][4], const Tile<T, kWidthA>& a, int row,
+                                   const Tile<T, kWidthB>& b, int first) {
+  using Op = Operands<T>;
+#pragma unroll
+  for (int step = 0; step < kInner / Op::kDepth; step++) {
+    typename Op::A a_part[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; r++) {
+      if constexpr (kTransposed) Op::columns_of_a(a_part[r], a, row + 16 * r, step);
+      else Op::rows_of_a(a_part[r], a, row + 16 * r, step);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      typename Op::B b_part;
+      Op::columns_of_b(b_part, b, step, (first + n) / 2);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; r++) {
+        Op::multiply(acc[r][n], a_part[r], b_part, 0);
+        Op::multiply(acc[r][n + 1], a_part[r], b_part, 1);
       }
     }
   }

@@ -23,14 +23,17 @@ inline bool has_general_kernel(const AttentionInputs& p) {
 }
 
 // Calls f(Variant): the width that holds the head dim, and the plain or the general kernel. float32 has the general one only.
-template <class F>
+// Where kTwoPass, only what the backward of one pass leaves.
+template <bool kTwoPass = false, class F>
 void with_variant(const AttentionInputs& p, F&& f) {
   auto with_width = [&](auto type, auto general) {
     using T = decltype(type);
     constexpr bool kGeneral = decltype(general)::value;
-    if (p.width <= 64) f(Variant<T, 64, kGeneral>());
-    else if (p.width <= 128) f(Variant<T, 128, kGeneral>());
-    else f(Variant<T, 256, kGeneral>());
+    if constexpr (!kTwoPass || sizeof(T) == 4) {
+      if (p.width <= 64) return f(Variant<T, 64, kGeneral>());
+      if (p.width <= 128) return f(Variant<T, 128, kGeneral>());
+    }
+    f(Variant<T, 256, kGeneral>());
   };
   auto with_type = [&](auto type) {
     has_general_kernel(p) ? with_width(type, std::true_type()) : with_width(type, std::false_type());
@@ -87,8 +90,7 @@ inline dim3 blocks_of(const Grid& g) { return dim3(static_cast<unsigned>(int64_t
 // The place of this block of threads.
 struct Place {
   int block, head, sequence;
-  FASTLM_DEVICE explicit Place(const Grid& g) {
-    const int i = static_cast<int>(blockIdx.x);
+  FASTLM_DEVICE explicit Place(const Grid& g, int i = static_cast<int>(blockIdx.x)) {
     block = i % g.blocks;
     head = i / g.blocks % g.heads;
     sequence = i / g.blocks / g.heads;

@@ -30,6 +30,22 @@ struct Launch {
 // Without opting in a kernel gets at most this much dynamic shared memory (CUDA C++ Programming Guide, compute capabilities).
 constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 
+// The most shared memory that a block may have on the current device, bytes.
+inline size_t max_shared_memory() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // taken: nobody else is to find it later
+    throw std::runtime_error(std::string("the device's shared memory is not known: ") + cudaGetErrorString(error));
+  }
+  return static_cast<size_t>(bytes);
+#else
+  return emulator::max_shared_memory();
+#endif
+}
+
 // Starts `kernel` on the stream. `name` is for the error message only. Throws std::runtime_error where the launch fails.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {

@@ -76,10 +76,10 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (memory.empty_like(t) for t in (q, k, v))
     out = _rows(out)
-    workspace = lse.new_empty((2, *lse.shape)) if on_cuda else None
     inputs = _inputs(
         q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p, max_seqlen
     )
+    workspace = lse.new_empty(native.C.attention_backward_workspace(*inputs)) if on_cuda else None
     native.C.attention_backward(
         on_cuda,
         tuple(pointer(t) for t in (out, lse, dout, dlse, dq, dk, dv)),

@@ -32,7 +32,7 @@ struct Options {
 void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_heads, int64_t width, const Options& o) {
   const int64_t size = size_of(type), q_bytes = rows * heads * width * size, k_bytes = columns * kv_heads * width * size;
   Buffer q(q_bytes), k(k_bytes), v(k_bytes), out(q_bytes), dout(q_bytes), dq(q_bytes), dk(k_bytes), dv(k_bytes);
-  Buffer lse(4 * heads * rows), dlse(4 * heads * rows), workspace(8 * heads * rows), slopes(4 * heads), state(16);
+  Buffer lse(4 * heads * rows), dlse(4 * heads * rows), slopes(4 * heads), state(16);
   const Strides q_strides{rows * heads * width, heads * width, width}, k_strides{columns * kv_heads * width, kv_heads * width, width};
   AttentionInputs p{};
   p.q = q.block, p.k = k.block, p.v = v.block;
@@ -46,6 +46,7 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
   p.batch = 1, p.rows = rows, p.columns = columns, p.heads = heads, p.kv_heads = kv_heads, p.width = width;
   p.window_left = o.left, p.window_right = o.causal ? 0 : -1, p.max_seqlen = rows;
   p.scale = 0.1f, p.softcap = o.softcap, p.type = type;
+  Buffer workspace(4 * attention_backward_workspace(p));
   attention_forward_cuda(p, out.block, static_cast<float*>(lse.block), nullptr);
   const AttentionGradients g{out.block,   static_cast<float*>(lse.block), dout.block, q_strides, static_cast<float*>(dlse.block),
                              dq.block, dk.block, dv.block};
