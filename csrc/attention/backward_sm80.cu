@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, index = thread / kLanes;  // of (B, T, H)
   for (int64_t i = thread; i < zeros; i += static_cast<int64_t>(gridDim.x) * kThreads) zero[i] = 0;
   const bool there = index < p.batch * p.rows * p.heads;
-  const int64_t head = index % p.heads, row = index / p.heads % p.rows, batch = index / p.heads / p.rows;
+  const int64_t rows = p.rows > 0 ? p.rows : 1;  // without any the grid is there for the zeros
+  const int64_t head = index % p.heads, row = index / p.heads % rows, batch = index / p.heads / rows;
   float sum = 0.0f;
   if (there) {
     const int64_t dout = at(g.dout_strides, batch, head) + row * g.dout_strides.row;
