@@ -102,3 +102,35 @@ def test_dropout_drops_what_the_reference_drops(start: int) -> None:
     same = torch.arange(length) >= start
     expected = kept & (same[:, None] == same)
     assert torch.equal(out[..., :length].transpose(1, 2) > 0, expected)
+
+
+@pytest.mark.parametrize("resident", [1, 3])
+def test_the_backward_in_one_pass_needs_no_more_blocks_than_run(monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
+    """Blocks that wait for a turn wait only for blocks that began before them, in any order of the grid's blocks."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 200, 1, 64, generator=generator).to(torch.bfloat16) for _ in range(3))
+    arguments = {"q": q, "k": k, "v": v, "window": (150, 40)}
+    first = gradients(arguments)
+    monkeypatch.setenv("FASTLM_EMULATOR_RESIDENT", str(resident))
+    with harness.schedule("random", 3):
+        again = gradients(arguments)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"window": (70, 60), "dropout_p": 0.2}], ids=["plain", "general"]
+)
+def test_gpus_with_less_shared_memory(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    """The backward of 128 wide heads takes smaller blocks there; it sums in another order, so only nearly the same."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 150, 2, 128, generator=generator).to(torch.bfloat16)
+    k, v = (torch.randn(1, 170, 1, 128, generator=generator).to(torch.bfloat16) for _ in range(2))
+    found = []
+    for shared in (227, 163, 99):
+        monkeypatch.setenv("FASTLM_EMULATOR_SHARED", str(shared * 1024))
+        torch.manual_seed(1)
+        found.append(gradients({"q": q, "k": k, "v": v, **options}))
+    for large, ampere, small in zip(*found, strict=True):
+        assert torch.equal(large, ampere)
+        torch.testing.assert_close(small, large, rtol=0.02, atol=0.02)

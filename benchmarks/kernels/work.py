@@ -43,8 +43,9 @@ def attention() -> list[Work]:
     return [
         Work("attention_forward<bf16, 128, false>", shape, 4 * tensor + rows, 2 * product, "attention", 0),
         Work("attention_delta", shape, 2 * tensor + 3 * rows),
-        Work("attention_backward_dq<bf16, 128, false>", shape, 5 * tensor + 2 * rows, 3 * product, "attention", 2),
-        Work("attention_backward_dkv<bf16, 128, false>", shape, 6 * tensor + 2 * rows, 4 * product, "attention", 3),
+        # dq's sums in float32 and back, for each of 64 blocks of keys, are the L2's matter.
+        Work("attention_backward<bf16, 128, false, true>", shape, 8 * tensor + 2 * rows, 5 * product, "attention", 2),
+        Work("attention_dq<bf16, 128, true>", shape, 3 * tensor, 0, "attention", 3),
     ]
 
 

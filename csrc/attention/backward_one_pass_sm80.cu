@@ -14,11 +14,8 @@ namespace cuda {
 namespace {
 
 // kLarge: for GPUs with at least 163 KB of shared memory a block (A100, H100); the others have 99 KB.
-template <class T_, int kWidth_, bool kGeneral_, bool kLarge>
+template <class T, int kWidth, bool kGeneral, bool kLarge>
 struct Shape {
-  using T = T_;
-  static constexpr int kWidth = kWidth_;
-  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kWarps = kLarge ? 8 : 4, kThreads = 32 * kWarps;
   static constexpr int kQueries = kLarge || kWidth <= 64 ? 64 : 32, kKeys = kLarge ? 128 : 64;
   static constexpr int kBlocksAtLeast = kWidth <= 64 ? 2 : 1;  // on a multiprocessor
@@ -59,16 +56,27 @@ FASTLM_DEVICE void add_sum(float* to, const float (&part)[kRowTiles][S::kOutTile
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocksAtLeast)
+// A block of queries of a head, by its first row.
+struct Step {
+  int head, row;
+};
+
+// A turn to be passed on, once everybody has added to dq.
+struct Turn {
+  uint32_t* at;
+  uint32_t turn;  // the next one
+};
+
+template <class T, int kWidth, bool kGeneral, bool kLarge>
+__global__ void __launch_bounds__(Shape<T, kWidth, kGeneral, kLarge>::kThreads, Shape<T, kWidth, kGeneral, kLarge>::kBlocksAtLeast)
     attention_backward(const __grid_constant__ BackwardInputs in, const Grid grid, const OnePassWorkspace w,
-                       typename S::T* __restrict__ dk, typename S::T* __restrict__ dv) {
-  using T = typename S::T;
+                       T* __restrict__ dk, T* __restrict__ dv) {
+  using S = Shape<T, kWidth, kGeneral, kLarge>;
   using Tile = typename S::Tile;
   using Scores = typename S::Scores;
   constexpr int kThreads = S::kThreads, kQueries = S::kQueries, kKeys = S::kKeys, kTiles = S::kTiles, kRowTiles = 2;
-  constexpr bool kGeneral = S::kGeneral;
   FASTLM_SHARED(int, ticket, 1);
+  FASTLM_SHARED(Turn, done, 1);  // of thread 0; here, since registers are short
   FASTLM_SHARED_DYNAMIC(shared, 128);
   if (threadIdx.x == 0) ticket[0] = static_cast<int>(atomicAdd(w.ticket, 1u));
   __syncthreads();
@@ -81,36 +89,35 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtLeast)
   const AttentionInputs& p = in.p;
   const Place place(grid, ticket[0]);
   const Span span = span_of(p, place.sequence), keys = span.transposed();
-  const int64_t batch = p.cu_seqlens == nullptr ? place.sequence : 0;
-  const int block = grid.blocks - 1 - place.block, key_base = span.column & ~7, key0 = key_base + block * kKeys;
+  const int batch = p.cu_seqlens == nullptr ? place.sequence : 0;
+  const int key0 = (span.column & ~7) + (grid.blocks - 1 - place.block) * kKeys;
   if (key0 >= span.column_end) return;
   const int low = keys.low(max(key0, span.column)), high = keys.high(keys.last(key0 + kKeys));
-  const int first = (low - span.row) / kQueries;  // blocks of queries, from the sequence's first
-  const int tiles = high > low ? (high - span.row + kQueries - 1) / kQueries - first : 0;
-  const int group = static_cast<int>(p.heads / p.kv_heads), total = group * tiles, head0 = place.head * group;
+  const int group = static_cast<int>(p.heads / p.kv_heads), head_end = (place.head + 1) * group;
+  const int first_row = span.row + (low - span.row) / kQueries * kQueries;  // blocks of queries count from the sequence's first
+  Step now{high > low ? head_end - group : head_end, first_row};
 
   const int chunks = static_cast<int>(p.width * sizeof(T) / 16);
   const Rows<T> k{static_cast<const T*>(p.k) + at(p.k_strides, batch, place.head), p.k_strides.row, chunks};
   const Rows<T> v{static_cast<const T*>(p.v) + at(p.v_strides, batch, place.head), p.v_strides.row, chunks};
-  auto row_of = [&](int t) { return span.row + (first + t % tiles) * kQueries; };
-  // Block t % tiles of the queries of head head0 + t / tiles.
-  auto load_stage = [&](int t) {
-    const int head = head0 + t / tiles, row = row_of(t);
-    const Tile q_tile = stages.after(t % 2 * 2 * kQueries);
-    const Rows<T> q{static_cast<const T*>(p.q) + at(p.q_strides, batch, head), p.q_strides.row, chunks};
-    const Rows<T> dout{static_cast<const T*>(in.dout) + at(in.dout_strides, batch, head), in.dout_strides.row, chunks};
-    load_tile<kQueries, kThreads>(q_tile, q, row, span.row, span.row_end);
-    load_tile<kQueries, kThreads>(q_tile.after(kQueries), dout, row, span.row, span.row_end);
-    const int64_t plane = (batch * p.heads + head) * p.rows;
-    const uint32_t to = after_scores.address + t % 2 * S::kStatisticsBytes;
-    load_floats<kQueries>(to, in.lse + plane, row, span.row_end);
-    load_floats<kQueries>(to + kQueries * 4, in.delta + plane, row, span.row_end);
+  auto after = [&](Step s) { return s.row + kQueries < high ? Step{s.head, s.row + kQueries} : Step{s.head + 1, first_row}; };
+  auto load_stage = [&](Step s, int stage) {
+    const Tile q_tile = stages.after(stage * 2 * kQueries);
+    const Rows<T> q{static_cast<const T*>(p.q) + at(p.q_strides, batch, s.head), p.q_strides.row, chunks};
+    const Rows<T> dout{static_cast<const T*>(in.dout) + at(in.dout_strides, batch, s.head), in.dout_strides.row, chunks};
+    load_tile<kQueries, kThreads>(q_tile, q, s.row, span.row, span.row_end);
+    load_tile<kQueries, kThreads>(q_tile.after(kQueries), dout, s.row, span.row, span.row_end);
+    const int64_t plane = (batch * p.heads + s.head) * p.rows;
+    const uint32_t to = after_scores.address + stage * S::kStatisticsBytes;
+    load_floats<kQueries>(to, in.lse + plane, s.row, span.row_end);
+    load_floats<kQueries>(to + kQueries * 4, in.delta + plane, s.row, span.row_end);
   };
-  auto sum_of = [&](int t) { return (first_sum<S>(p, place.sequence, span) + first + t % tiles) * p.heads + head0 + t / tiles; };
-  // How many blocks of keys come before this one at t's queries: those up to the last key that they see.
-  auto turn_of = [&](int t) {
-    const int last = (span.high(span.last(row_of(t) + kQueries)) - 1 - key_base) / kKeys;
-    return static_cast<uint32_t>(min(last, grid.blocks - 1) - block);
+  auto sum_of = [&](Step s) {
+    return (first_sum<S>(p, place.sequence, span) + (s.row - span.row) / kQueries) * p.heads + s.head;
+  };
+  // How many blocks of keys come before this one at these queries: those up to the last key that they see.
+  auto turn_of = [&](Step s) {
+    return static_cast<uint32_t>(min((span.high(span.last(s.row + kQueries)) - 1 - key0) / kKeys, place.block));
   };
 
   const int warp = threadIdx.x / 32, lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
@@ -119,33 +126,38 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtLeast)
   const int warp_column = key0 + score_key, column = warp_column + lane_column;
   const Dropout dropout(p);
   float dk_sum[S::kKeyRows / 16][S::kOutTiles][4] = {}, dv_sum[S::kKeyRows / 16][S::kOutTiles][4] = {};
-  if (total > 0) {
+  if (now.head < head_end) {
     load_tile<kKeys, kThreads>(k_tile, k, key0, span.column, span.column_end);
     load_tile<kKeys, kThreads>(v_tile, v, key0, span.column, span.column_end);
-    load_stage(0);
+    load_stage(now, 0);
     ptx::cp_async_commit();
   }
-  for (int t = 0; t < total; t++) {
+  if (threadIdx.x == 0) done[0] = {nullptr, 0};
+  for (int stage = 0; now.head < head_end; stage ^= 1) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there; everybody is done with the other one, with the scores, and has added to dq
-    if (threadIdx.x == 0 && t > 0) ptx::store_release(w.turns + sum_of(t - 1), turn_of(t - 1) + 1);
-    if (t + 1 < total) load_stage(t + 1);
+    const uint32_t turn = turn_of(now);
+    if (threadIdx.x == 0) {
+      if (done[0].at != nullptr) ptx::store_release(done[0].at, done[0].turn);
+      done[0] = {w.turns + sum_of(now), turn + 1};
+    }
+    const Step next = after(now);
+    if (next.head < head_end) load_stage(next, stage ^ 1);
     ptx::cp_async_commit();
-    const uint32_t turn = turn_of(t);
     if (threadIdx.x == kThreads - 32 && turn > 0) {  // the next barrier tells the others
-      while (ptx::load_acquire(w.turns + sum_of(t)) != turn) {
+      while (ptx::load_acquire(w.turns + sum_of(now)) != turn) {
       }
     }
-    const Tile q_tile = stages.after(t % 2 * 2 * kQueries), dout_tile = q_tile.after(kQueries);
-    const int warp_row = row_of(t) + score_row, row = warp_row + lane_row;
+    const Tile q_tile = stages.after(stage * 2 * kQueries), dout_tile = q_tile.after(kQueries);
+    const Tile k_now{k_tile.data, ptx::opaque(k_tile.address)}, v_now = k_now.after(kKeys);  // addresses take no registers
+    const int warp_row = now.row + score_row, row = warp_row + lane_row;
     float s[kRowTiles][kTiles][4] = {}, ds[kRowTiles][kTiles][4] = {};
     if (!span.sees_nothing(warp_row, warp_row + 32, warp_column, warp_column + S::kScoreKeys)) {
-      rows_by_rows(s, q_tile, score_row, k_tile.after(score_key));
-      rows_by_rows(ds, dout_tile, score_row, v_tile.after(score_key));
-      const int head = head0 + t / tiles;
-      const uint32_t plane = static_cast<uint32_t>(batch * p.heads + head);
-      const Scoring<kGeneral> scoring(p, batch, head);
-      const float* of_row = statistics + t % 2 * 2 * kQueries + score_row + lane_row;
+      rows_by_rows<4>(s, q_tile, score_row, k_now.after(score_key));
+      rows_by_rows<4>(ds, dout_tile, score_row, v_now.after(score_key));
+      const uint32_t plane = static_cast<uint32_t>(batch * p.heads + now.head);
+      const Scoring<kGeneral> scoring(p, batch, now.head);
+      const float* of_row = statistics + stage * 2 * kQueries + score_row + lane_row;
       float lse[kRowTiles][2], delta[kRowTiles][2];
       uint32_t kept[kRowTiles];
 #pragma unroll
@@ -172,14 +184,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtLeast)
     }
     __syncthreads();
     float dq[S::kQueryRows / 16][S::kOutTiles][4] = {};
-    tile_by_columns<false, kKeys>(dq, gradients, out_part * S::kQueryRows, k_tile, out_first);
-    add_sum<S>(w.dq + sum_of(t) * S::kSum, dq, turn == 0);
+    tile_by_columns<false, kKeys>(dq, gradients, out_part * S::kQueryRows, k_now, out_first);
+    add_sum<S>(w.dq + sum_of(now) * S::kSum, dq, turn == 0);
     tile_by_columns<true, kQueries>(dv_sum, weights, out_part * S::kKeyRows, dout_tile, out_first);
     tile_by_columns<true, kQueries>(dk_sum, gradients, out_part * S::kKeyRows, q_tile, out_first);
+    now = next;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  if (threadIdx.x == 0 && total > 0) ptx::store_release(w.turns + sum_of(total - 1), turn_of(total - 1) + 1);
+  if (threadIdx.x == 0 && done[0].at != nullptr) ptx::store_release(done[0].at, done[0].turn);
   const float dv_factor = kGeneral ? p.dropout_scale : 1.0f;
   const int tile_row = out_part * S::kKeyRows;
 #pragma unroll
@@ -198,9 +211,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtLeast)
 }
 
 // dq: from sums to rows of T. Queries that see nothing have no sum.
-template <class S>
-__global__ void __launch_bounds__(S::kThreads)
-    attention_dq(const __grid_constant__ AttentionInputs p, const Grid grid, const OnePassWorkspace w, typename S::T* __restrict__ dq) {
+template <class T, int kWidth, bool kLarge>
+__global__ void __launch_bounds__(Shape<T, kWidth, false, kLarge>::kThreads)
+    attention_dq(const __grid_constant__ AttentionInputs p, const Grid grid, const OnePassWorkspace w, T* __restrict__ dq) {
+  using S = Shape<T, kWidth, false, kLarge>;
   constexpr int kRowTiles = S::kQueryRows / 16;
   FASTLM_SHARED_DYNAMIC(shared, 128);
   const typename S::Tile tile{shared, ptx::shared_address(shared)};
@@ -226,33 +240,33 @@ __global__ void __launch_bounds__(S::kThreads)
   }
   __syncwarp();
   store_tile<S::kQueryRows>(tile, tile_row, out_first, S::kOutTiles, dq + (batch * p.rows * p.heads + place.head) * p.width,
-                            p.heads * p.width, row0 + tile_row, span.row, span.row_end, static_cast<int>(p.width * sizeof(typename S::T) / 16));
+                            p.heads * p.width, row0 + tile_row, span.row, span.row_end, static_cast<int>(p.width * sizeof(T) / 16));
 }
 
-template <class S>
+template <class T, int kWidth, bool kGeneral, bool kLarge>
 void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
-  using T = typename S::T;
+  using S = Shape<T, kWidth, kGeneral, kLarge>;
   const AttentionInputs& p = inputs.p;
   const bool packed = p.cu_seqlens != nullptr;
   // The blocks of a packed sequence begin at a multiple of 8, up to 7 keys before it.
   const Grid keys = grid_of(p, packed ? p.max_seqlen + 7 : p.columns, S::kKeys, p.kv_heads);
   if (keys.blocks * keys.sequences > 0) {
-    launch("attention_backward", {blocks_of(keys), dim3(S::kThreads), S::kBytes, stream}, attention_backward<S>, inputs, keys, w,
-           static_cast<T*>(dk), static_cast<T*>(dv));
+    launch("attention_backward", {blocks_of(keys), dim3(S::kThreads), S::kBytes, stream},
+           attention_backward<T, kWidth, kGeneral, kLarge>, inputs, keys, w, static_cast<T*>(dk), static_cast<T*>(dv));
   }
   const Grid queries = grid_of(p, packed ? p.max_seqlen : p.rows, S::kQueries, p.heads);
   if (queries.blocks * queries.sequences > 0) {
-    launch("attention_dq", {blocks_of(queries), dim3(S::kThreads), S::Tile::bytes(S::kQueries), stream}, attention_dq<S>, p, queries, w,
-           static_cast<T*>(dq));
+    launch("attention_dq", {blocks_of(queries), dim3(S::kThreads), S::Tile::bytes(S::kQueries), stream},
+           attention_dq<T, kWidth, kLarge>, p, queries, w, static_cast<T*>(dq));
   }
 }
 
 template <class T, bool kGeneral>
 void launch_width(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
   using Large = Shape<T, 128, kGeneral, true>;
-  if (inputs.p.width <= 64) launch_both<Shape<T, 64, kGeneral, false>>(inputs, w, dq, dk, dv, stream);
-  else if (max_shared_memory() >= Large::kBytes + 1024) launch_both<Large>(inputs, w, dq, dk, dv, stream);
-  else launch_both<Shape<T, 128, kGeneral, false>>(inputs, w, dq, dk, dv, stream);
+  if (inputs.p.width <= 64) launch_both<T, 64, kGeneral, false>(inputs, w, dq, dk, dv, stream);
+  else if (max_shared_memory() >= Large::kBytes + 1024) launch_both<T, 128, kGeneral, true>(inputs, w, dq, dk, dv, stream);
+  else launch_both<T, 128, kGeneral, false>(inputs, w, dq, dk, dv, stream);
 }
 
 }  // namespace

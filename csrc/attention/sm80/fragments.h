@@ -132,10 +132,10 @@ struct Operands<float> {
 };
 
 // acc[r] = rows row + 16 r.. of a, times the first 8 kTiles rows of b transposed.
-template <class T, int kWidth, int kRowTiles, int kTiles>
+template <int kMostUnrolled = 16, class T, int kWidth, int kRowTiles, int kTiles>
 FASTLM_DEVICE void rows_by_rows(float (&acc)[kRowTiles][kTiles][4], const Tile<T, kWidth>& a, int row, const Tile<T, kWidth>& b) {
   using Op = Operands<T>;
-  constexpr int kSteps = kWidth / Op::kDepth, kUnroll = sizeof(T) == 4 ? 2 : kSteps;
+  constexpr int kSteps = kWidth / Op::kDepth, kUnroll = sizeof(T) == 4 ? 2 : kSteps < kMostUnrolled ? kSteps : kMostUnrolled;
 #pragma unroll
   for (int r = 0; r < kRowTiles; r++) {
 #pragma unroll

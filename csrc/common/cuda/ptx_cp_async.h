@@ -8,7 +8,7 @@
 namespace fastlm::ptx {
 
 // Copies `present` bytes (0 to 16) from global memory and fills the rest of the 16 with zeros. Both are 16-byte aligned;
-// `from` must be a valid pointer even where nothing is read. Goes through L2 only.
+// of `from` no more than `present` bytes are read, so with 0 it may lie outside of any memory. Goes through L2 only.
 FASTLM_DEVICE void cp_async_16(uint32_t to, const void* from, int present = 16 FASTLM_AND_SITE) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present) : "memory");

@@ -79,4 +79,13 @@ FASTLM_DEVICE float reciprocal_approx(float x) {
 #endif
 }
 
+// v, of which the compiler no longer knows what it is: what is computed from it inside a loop stays there, instead of
+// being computed once and kept in registers.
+FASTLM_DEVICE uint32_t opaque(uint32_t v) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 }  // namespace fastlm::ptx
