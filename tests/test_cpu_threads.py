@@ -1,0 +1,91 @@
+"""What the C++ kernels compute has the same bits on 1, 2, 3 and more threads than there are cores.
+
+Large matrix products are PyTorch's library's (linear's gradients, mlp, linear_cross_entropy): it may cut the depth
+among the threads, and its sums then depend on their number. For those ops the kernels between the products are tested
+alone, in test_mlp_cpu.py and test_linear_cross_entropy_cpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm import ops
+from fastlm.ops import native
+from fastlm.ops.case import Maker
+from tests.op_suite import first_cases, run
+
+if native.cpu_unavailable() is not None:
+    pytest.skip(str(native.cpu_unavailable()), allow_module_level=True)
+
+COUNTS = (1, 2, 3, 2 * (os.cpu_count() or 1) + 1)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Gives back the number of threads that was set."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+# Large enough that the work is shared out (test_native_sanitize.py checks that of the kernels).
+CALLS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
+    "layer_norm": lambda d: {"x": tensor(d, 150, 768), "weight": tensor(d, 768), "bias": tensor(d, 768)},
+    "rms_norm": lambda d: {"x": tensor(d, 150, 768), "weight": tensor(d, 768)},
+    "attention": lambda d: {name: tensor(d, 2, 150, 4, 32) for name in "qkv"},
+}
+BY_THE_LIBRARY = {"linear", "mlp", "linear_act", "linear_cross_entropy"}
+
+
+def bits(op: str, arguments: dict[str, Any]) -> list[Tensor | None]:
+    with fastlm.backend("cpu"):
+        outputs, gradients, _ = run(getattr(ops, op), arguments)
+    return [*outputs, *gradients]
+
+
+def check(op: str, arguments: dict[str, Any], threads: Callable[[int], None]) -> None:
+    wanted = None
+    for count in COUNTS:
+        threads(count)
+        got = bits(op, arguments)
+        wanted = wanted or got
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            same = (a is None and b is None) or torch.equal(a, b)
+            assert same, f"result {i} on {count} threads is not that of {COUNTS[0]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("op", CALLS)
+def test_large(op: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    check(op, CALLS[op](dtype), threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rows", [2, 16])
+def test_few_rows(rows: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """The product of our own: each row's bits do not depend on the other rows either."""
+    x, weight, bias = tensor(dtype, rows, 768), tensor(dtype, 1001, 768), tensor(dtype, 1001)
+    results = []
+    with fastlm.backend("cpu"), torch.no_grad():
+        for count in COUNTS:
+            threads(count)
+            results += [ops.linear(x, weight, bias), ops.linear(x[:2], weight, bias)]
+    assert all(torch.equal(r, results[0]) for r in results[::2])
+    assert all(torch.equal(r, results[0][:2]) for r in results[1::2])
+
+
+@pytest.mark.parametrize("case", [c for c in first_cases() if c.op not in BY_THE_LIBRARY], ids=str)
+def test_small(case: Any, threads: Callable[[int], None]) -> None:
+    check(case.op, case.build(Maker(torch.float32)), threads)
