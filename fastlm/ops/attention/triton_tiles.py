@@ -64,7 +64,7 @@ def rows(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
 
 def terms(arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
     """Two loads and a sum: a warp has a few rows whatever the head dim, and memory is all that counts."""
-    return [Config(BLOCK_M=32 if problem[1] > 64 else 64, num_warps=4, num_stages=1)]
+    return [Config(BLOCK_M=32 if problem[1] > (64 if arch == "sm_100" else 128) else 64, num_warps=4, num_stages=1)]
 
 
 def _choose(table: _Table, arch: str, problem: tuple[str, int, str]) -> Sequence[Config]:
