@@ -15,8 +15,9 @@ import torch
 from fastlm.models.gpt import GPT
 from fastlm.training import choose_checkpoint, resume_run, start_run
 from fastlm.training.checkpoint import find_checkpoints
-from fastlm.training.config import config_to_toml
+from fastlm.training.config import config_from_dict, config_to_toml
 from fastlm.training.journal import read_journal
+from tests.test_tasks import save_model, write_examples
 from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +28,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
+from fastlm.tasks import finetune
 from fastlm.training import load_config, resume_run, start_run
 from tests.training_runs import quiet
 
@@ -34,6 +36,8 @@ dist.init_process_group("gloo")  # one for all runs
 folder = Path(sys.argv[1])
 for name in ("two", "whole", "halves", "sharded", "sharded_whole", "sharded_halves"):
     start_run(load_config(folder / f"{name}.toml"), folder / name, display=quiet())
+for name in ("tuned", "sharded_tuned"):
+    finetune(load_config(folder / f"{name}.toml"), folder / name, display=quiet())
 for name in ("halves", "sharded_halves"):
     resume_run(folder / name, overrides=("training.steps=12",), display=quiet())
 dist.destroy_process_group()
@@ -68,6 +72,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sharded_whole": tiny_config(data, training={**constant, **sharded}, evaluation=sampling),
         "sharded_halves": tiny_config(data, training={**constant, **sharded, "steps": 6}, evaluation=sampling),
     }
+    task = {"name": "classification", "model": str(save_model(folder / "masked", "masked")), "dropout": 0.0,
+            "train": str(write_examples(folder / "x.tsv", 40)), "head_dropout": 0.0}  # fmt: skip
+    for name, parallel in (("tuned", "ddp"), ("sharded_tuned", "fsdp")):
+        training = {"steps": 4, "batch_size": 4, "device": "cpu", "parallel": parallel}
+        configs[name] = config_from_dict({"task": task, "lora": {"rank": 2}, "training": training})
     for name, config in configs.items():
         (folder / f"{name}.toml").write_text(config_to_toml(config))
     (folder / "driver.py").write_text(DRIVER)
@@ -116,6 +125,14 @@ def test_a_sharded_run_is_the_files_of_one_process_and_goes_on_in_one(folder: Pa
     got, expected = (values(r, "step", "step", "loss") for r in (run, folder / "one"))
     for a, b in zip(got, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_classifier_with_adapters_is_sharded(folder: Path) -> None:
+    """A model that generates no text, most of it frozen: the same losses from whole weights and from parts."""
+    expected, got = (values(folder / name, "step", "loss", "grad_norm") for name in ("tuned", "sharded_tuned"))
+    assert len(expected) == 4
+    for a, b in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_sharding_is_chosen_by_name(tmp_path: Path) -> None:

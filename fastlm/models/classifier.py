@@ -128,6 +128,11 @@ class Classifier(nn.Module):
         self.backbone.gradient_checkpointing = value
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of the model: FSDP2 gathers the weights block by block."""
+        return self.backbone.blocks
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.backbone.device

@@ -40,7 +40,8 @@ class Shards(nn.Module):
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=self._mesh)
         fully_shard(model, mesh=self._mesh)
-        register_fsdp_forward_method(model, "generate")  # an entrance beside forward: it gathers the weights, too
+        if hasattr(model, "generate"):
+            register_fsdp_forward_method(model, "generate")  # an entrance beside forward: it gathers the weights, too
         self._model = [model]  # in a list, so that it is no submodule
         self._sharded: list[Any] = list(model.parameters())  # DTensors
         self.parts = nn.ParameterList(
