@@ -2,7 +2,8 @@
 
     python benchmarks/nanogpt.py ../shared/data/text/tinyshakespeare.txt --out docs/results/nanogpt.json
 
-4 layers, 4 heads, 128 wide, 64 characters, 12 windows a step, 2,000 steps, no dropout, nanoGPT's optimizer settings.
+4 layers, 4 heads, 128 wide, 64 characters, 12 windows a step, 2,000 steps, no dropout, nanoGPT's optimizer settings
+but for a higher learning rate (recipes/shakespeare-char-cpu.toml).
 Both begin with the same weights and see the same windows. The peer is a GPT-2 as nanoGPT writes it: nn.Linear,
 nn.LayerNorm without bias, exact GELU, F.scaled_dot_product_attention, all logits and their cross-entropy,
 torch.optim.AdamW in two groups, and clip_grad_norm_; with --textbook there is a third one, with an explicit softmax.
@@ -36,7 +37,7 @@ from fastlm.training.optimizer import make_optimizer, parameter_groups
 from fastlm.training.schedule import learning_rate
 
 TURN = 50  # steps
-SETTINGS = TrainingConfig(lr=1e-3, min_lr_ratio=0.1, warmup_steps=100, batch_size=12, seed=1337)
+SETTINGS = TrainingConfig(lr=4e-3, min_lr_ratio=0.02, warmup_steps=100, batch_size=12, seed=1337)
 OPTIMIZER = OptimizerConfig(beta1=0.9, beta2=0.99, weight_decay=0.1)
 
 

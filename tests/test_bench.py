@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_peers_are_measured_in_turns_and_in_both_orders(monkeypatch: pytest.Monk
     results = interleave(calls, rounds=3)
     assert "".join(seen) == "aabbcc" + "abc" + "cba" + "abc"
     assert all(len(r.seconds) == 3 for r in results.values())
+
+
+def test_a_short_call_is_made_once_more_before_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    calls = {name: lambda name=name: timed.append(name) for name in "ab"}
+    lengths = {"a": 4e-3, "b": 4.0}
+
+    def seconds_of(call: Callable[[], object], repeats: int = 1) -> float:
+        before = len(timed)
+        for _ in range(repeats):
+            call()
+        timed[before:] = [timed[-1].upper()] * repeats
+        return lengths[timed[-1].lower()]
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    interleave(calls, rounds=1)
+    assert "".join(timed) == "aA" + "bB" + "aAA" + "B"
 
 
 def test_a_peer_that_fails_is_listed_with_its_reason() -> None:

@@ -83,7 +83,8 @@ class Attention(nn.Module):
             cache: keys and values of the tokens before; those of x are appended under `layer`.
         """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
-        q, k, v = heads.tensor_split((self.n_head, self.n_head + self.n_kv_head), dim=2)
+        # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
             q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
         options: dict[str, Any] = {

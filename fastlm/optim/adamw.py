@@ -174,8 +174,7 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | T
         grad_scale=grad_scale,
         maximize=group["maximize"],
     )
-    for state in states:
-        state["step"] += 1
+    torch._foreach_add_([s["step"] for s in states], 1)
 
 
 def _on_device_of(p: Tensor, grad_scale: float | Tensor) -> float | Tensor:
