@@ -86,9 +86,9 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, budget: float =
     """Time the calls in turns: one sample each a round.
 
     Args:
-        calls: by peer. Each is called twice first (compilers compile, allocators fill). Short ones, of which a sample has
-            several, are called once more before each sample, untimed: the first call after another peer's finds the
-            caches full of that peer's data, and would weigh the more, the fewer calls a sample has.
+        calls: by peer. Each is called twice first (compilers compile, allocators fill). Short ones, of which a sample
+            has several, are called once more before each sample, untimed: the first call after another peer's finds
+            the caches full of that peer's data, and would weigh the more, the fewer calls a sample has.
         rounds: how many samples of each are wanted.
         budget: the seconds after which no further round begins; three rounds are made in any case.
 
