@@ -28,11 +28,18 @@ def _elementwise(arch: str, problem: tuple) -> tuple[Config, ...]:
     return tuple(Config(BM=bm, BN=bn, num_warps=4) for bm, bn in ((32, 128), (16, 256)))
 
 
+@functools.cache
+def _elementwise_backward(arch: str, problem: tuple[bool]) -> tuple[Config, ...]:
+    if arch in ("sm_80", "sm_86") and problem[0]:  # float32: with 32 rows sm_80's registers spill
+        return (Config(BM=16, BN=128, num_warps=4),)
+    return _elementwise(arch, ())
+
+
 MODULE = "fastlm.ops.mlp.triton_kernels"
 LINEAR_ACT = Kernel(f"{MODULE}:linear_act", gemm.tiles)
 LINEAR_ACT_BACKWARD = Kernel(f"{MODULE}:linear_act_backward", gemm.tiles)
 ACT = Kernel(f"{MODULE}:act", _elementwise)
-ACT_BACKWARD = Kernel(f"{MODULE}:act_backward", _elementwise)
+ACT_BACKWARD = Kernel(f"{MODULE}:act_backward", _elementwise_backward)
 
 
 def unsupported(x: Tensor, weight: Tensor, *rest: object) -> str | None:
@@ -143,7 +150,7 @@ def _act_backward(
     hidden = pre.new_empty((m, n) if needs_hidden else 0)
     if m == 0:
         return dpre, pre.new_zeros(wide if needs_dbias else 0), hidden
-    config = ACT_BACKWARD.config(pre.device, ())
+    config = ACT_BACKWARD.config(pre.device, (pre.dtype == torch.float32,))
     parts = cdiv(m, config["BM"])
     partial = pre.new_empty((1, parts, wide), dtype=torch.float32) if needs_dbias else None
     ACT_BACKWARD(
