@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch._C import _from_dlpack  # torch.utils.dlpack.from_dlpack, without what that asks of other arguments
 
 from fastlm.ops import native
 
@@ -27,7 +27,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count *= size
     if count < POOLED_BYTES or dtype not in native.DTYPE_CODE or _C is None:
         return torch.empty(shape, dtype=dtype)
-    return from_dlpack(_C.pooled_tensor(tuple(shape), native.DTYPE_CODE[dtype]))
+    return _from_dlpack(_C.pooled_tensor(tuple(shape), native.DTYPE_CODE[dtype]))
 
 
 def empty_like(t: Tensor) -> Tensor:

@@ -99,14 +99,13 @@ def _prepare(
     count = len(params)
     max_exp_avg_sqs = [None] * count if max_exp_avg_sqs is None else max_exp_avg_sqs
     masters = [None] * count if masters is None else masters
-    lists = {
-        "grads": grads,
+    states = {
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
         "max_exp_avg_sqs": max_exp_avg_sqs,
         "masters": masters,
     }
-    for name, tensors in lists.items():
+    for name, tensors in {"grads": grads, **states}.items():
         if len(tensors) != count:
             raise ValueError(f"adamw: {name} must hold one tensor for each of the {count} params, got {len(tensors)}")
     if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != params[0].device):
@@ -123,8 +122,12 @@ def _prepare(
             checks.same_device("adamw", "params[0]", params[0], **{f"params[{i}]": p})
         _check_gradient(i, p, grads[i])
         wide = checks.statistics_dtype(p)
-        for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters"):
-            _check_state(f"{name}[{i}]", p, lists[name][i], wide)
+        for name, tensors in states.items():
+            t = tensors[i]
+            if t is not None and (
+                t.shape != p.shape or t.dtype != wide or t.device != p.device or not t.is_contiguous()
+            ):
+                _check_state(f"{name}[{i}]", p, t, wide)
     return (
         params,
         grads,
@@ -154,9 +157,7 @@ def _check_gradient(i: int, p: Tensor, grad: Tensor) -> None:
         checks.same_device("adamw", f"params[{i}]", p, **{f"grads[{i}]": grad})
 
 
-def _check_state(name: str, p: Tensor, t: Tensor | None, wide: torch.dtype) -> None:
-    if t is None:
-        return
+def _check_state(name: str, p: Tensor, t: Tensor, wide: torch.dtype) -> None:
     if t.shape != p.shape:
         checks.shape("adamw", name, t, p.shape, "of its parameter")
     if t.dtype != wide:

@@ -35,8 +35,8 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[
     dys, xs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     none = dy.new_empty(0) if not all(needs) else None
     with autocast_off(x):
-        dx = product(dys, weight.T).view(x.shape) if needs[0] else none
-        dweight = product(dys.T, xs.T) if needs[1] else none
+        dx = product(dys, weight.t()).view(x.shape) if needs[0] else none
+        dweight = product(dys.t(), xs.t()) if needs[1] else none
         dbias = dys.sum(0) if needs[2] else none
     return dx, dweight, dbias  # type: ignore[return-value]
 
@@ -44,9 +44,9 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias by the library; x (N, C), weight (F, C)."""
     if not x.is_cpu:
-        return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     y = memory.empty((x.shape[0], weight.shape[0]), x.dtype)
-    return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+    return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, count: int) -> None:

@@ -37,15 +37,17 @@ def linear_act_forward(
 ) -> tuple[Tensor, Tensor]:
     rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
-        hidden, pre = _small_forward(rows, weight, bias, activation, keep)
+        with autocast_off(x):
+            hidden, pre = _small_forward(rows, weight, bias, activation, keep)
         return hidden.view(*x.shape[:-1], hidden.shape[1]), pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     hidden = memory.empty((*x.shape[:-1], _hidden_width(wide, activation)), x.dtype)
     flat = hidden.view(len(rows), hidden.shape[-1])
     pre = memory.empty((*x.shape[:-1], wide) if keep else (0,), x.dtype)
     blocks = _blocks(len(rows), wide * x.element_size())
     pres = pre.view(len(rows), wide) if keep else _scratch(blocks, wide, x.dtype)
-    for block in blocks:
-        _activate(rows[block], weight, bias, _part(pres, block), flat[block], activation)
+    with autocast_off(x):
+        for block in blocks:
+            _activate(_part(rows, block), weight, bias, _part(pres, block), _part(flat, block), activation)
     return hidden, pre
 
 
@@ -60,8 +62,8 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     rows, wide = x.reshape(-1, x.shape[-1]), fc_weight.shape[0]
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
-        hidden, pre = _small_forward(rows, fc_weight, fc_bias, activation, keep)
         with autocast_off(x):
+            hidden, pre = _small_forward(rows, fc_weight, fc_bias, activation, keep)
             y = F.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
         return y, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     y = memory.empty((*x.shape[:-1], proj_weight.shape[0]), x.dtype)
@@ -70,14 +72,14 @@ def mlp_forward(
     blocks = _blocks(len(rows), wide * x.element_size())
     pres = pre.view(len(rows), wide) if keep else _scratch(blocks, wide, x.dtype)
     hiddens = _scratch(blocks, proj_weight.shape[1], x.dtype)
-    for block in blocks:
-        hidden = hiddens[: block.stop - block.start]
-        _activate(rows[block], fc_weight, fc_bias, _part(pres, block), hidden, activation)
-        with autocast_off(x):
+    with autocast_off(x):
+        for block in blocks:
+            hidden, out = _part(hiddens, block), _part(flat, block)
+            _activate(_part(rows, block), fc_weight, fc_bias, _part(pres, block), hidden, activation)
             if proj_bias is None:
-                torch.mm(hidden, proj_weight.T, out=flat[block])
+                torch.mm(hidden, proj_weight.t(), out=out)
             else:
-                torch.addmm(proj_bias, hidden, proj_weight.T, out=flat[block])
+                torch.addmm(proj_bias, hidden, proj_weight.t(), out=out)
     return y, pre
 
 
@@ -90,8 +92,8 @@ def linear_act_backward(
     dpres = _scratch(blocks, pres.shape[1], pre.dtype)
     with autocast_off(x):
         for block in blocks:
-            dpre = dpres[: block.stop - block.start]
-            dbias = _activate_backward(pres[block], dys[block].contiguous(), dpre, None, activation, needs[2])
+            dpre, dy_part = _part(dpres, block), _part(dys, block).contiguous()
+            dbias = _activate_backward(_part(pres, block), dy_part, dpre, None, activation, needs[2])
             gradients.add(block, dpre, dbias)
     return gradients.dx, gradients.dweight.result(), gradients.dbias()
 
@@ -114,10 +116,11 @@ def mlp_backward(
     dpres = _scratch(blocks, pres.shape[1], pre.dtype) if activation in GATED else dhiddens
     with autocast_off(x):
         for block in blocks:
-            dhidden, hidden, dpre = (t[: block.stop - block.start] for t in (dhiddens, hiddens, dpres))
-            torch.mm(dys[block], proj_weight, out=dhidden)
-            dbias = _activate_backward(pres[block], dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
-            dproj_weight.add(dys[block], hidden)
+            dhidden, hidden, dpre = _part(dhiddens, block), _part(hiddens, block), _part(dpres, block)
+            dy_part, pre_part = _part(dys, block), _part(pres, block)
+            torch.mm(dy_part, proj_weight, out=dhidden)
+            dbias = _activate_backward(pre_part, dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
+            dproj_weight.add(dy_part, hidden)
             fc.add(block, dpre, dbias)
     dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
     return fc.dx, fc.dweight.result(), fc.dbias(), dproj_weight.result(), dproj_bias
@@ -139,9 +142,12 @@ def _scratch(blocks: list[slice], width: int, dtype: torch.dtype) -> Tensor:
     return memory.empty((max((b.stop - b.start for b in blocks), default=0), width), dtype)
 
 
-def _part(pres: Tensor, block: slice) -> Tensor:
-    """The block's rows of the pre-activation; where it is scratch of one block, from its beginning."""
-    return pres[block] if len(pres) >= block.stop else pres[: block.stop - block.start]
+def _part(t: Tensor, block: slice) -> Tensor:
+    """The block's rows of t; of scratch, which is as long as one block, the first ones."""
+    length, wanted = t.shape[0], block.stop - block.start
+    if length == wanted:  # mostly all of it: views cost time in a small model
+        return t
+    return t[block] if length >= block.stop else t[:wanted]
 
 
 def _small_forward(
@@ -156,14 +162,13 @@ def _small_forward(
 
 
 def _activate(rows: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, hidden: Tensor, activation: str) -> None:
-    """pre = rows @ weight.T + bias, hidden = act(pre)."""
-    with autocast_off(rows):
-        if bias is None or rows.dtype == torch.float32:
-            torch.mm(rows, weight.T, out=pre)
-            bias = None if bias is None else bias.contiguous()  # the kernel adds it on its way
-        else:  # in half precision before the product is rounded
-            torch.addmm(bias, rows, weight.T, out=pre)
-            bias = None
+    """pre = rows @ weight.T + bias, hidden = act(pre). Autocast must be off."""
+    if bias is None or rows.dtype == torch.float32:
+        torch.mm(rows, weight.t(), out=pre)
+        bias = None if bias is None else bias.contiguous()  # the kernel adds it on its way
+    else:  # in half precision before the product is rounded
+        torch.addmm(bias, rows, weight.t(), out=pre)
+        bias = None
     native.C.activation_forward(
         pre.data_ptr(), pointer(bias), hidden.data_ptr(), *hidden.shape, CODE[activation], DTYPE_CODE[pre.dtype]
     )
@@ -206,12 +211,12 @@ class _Sum:
         if not self.wanted:
             return
         if self.total.dtype != a.dtype:
-            product = a.T @ b
+            product = a.t() @ b
             self.total.copy_(product) if self.first else self.total.add_(product)
         elif self.first:
-            torch.mm(a.T, b, out=self.total)
+            torch.mm(a.t(), b, out=self.total)
         else:
-            self.total.addmm_(a.T, b)
+            self.total.addmm_(a.t(), b)
         self.first = False
 
     def result(self) -> Tensor:
@@ -230,8 +235,8 @@ class _LinearGradients:
 
     def add(self, block: slice, dpre: Tensor, dbias: Tensor | None) -> None:
         if self.needs_dx:
-            torch.mm(dpre, self.weight, out=self.dx.view(self.x.shape)[block])
-        self.dweight.add(dpre, self.x[block])
+            torch.mm(dpre, self.weight, out=_part(self.dx.view(self.x.shape), block))
+        self.dweight.add(dpre, _part(self.x, block))
         if dbias is not None:
             self.dbiases.append(dbias)
 
