@@ -8,7 +8,6 @@
 #include <array>
 
 #include "attention/attention.h"
-#include "attention/decode.h"
 #include "common/build_info.h"
 #include "common/cpu.h"
 #include "common/dlpack.h"
@@ -17,9 +16,10 @@
 #include "common/pool.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
-#include "decode/decode.h"
+#include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
+#include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"

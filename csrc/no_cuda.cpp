@@ -2,9 +2,9 @@
 #include <stdexcept>
 
 #include "attention/attention.h"
-#include "attention/decode.h"
 #include "common/build_info.h"
 #include "cross_entropy/cross_entropy.h"
+#include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"

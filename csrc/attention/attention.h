@@ -52,14 +52,21 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
 
 // Where one kernel makes dq, dk and dv: 16-bit types with a head dim up to 128.
 inline bool attention_backward_has_one_pass(const AttentionInputs& p) { return p.type != DType::f32 && p.width <= 128; }
-// The queries that the one-pass kernel has room for: every sequence in whole blocks of up to 64.
-inline int64_t attention_backward_room(const AttentionInputs& p) {
-  return p.cu_seqlens == nullptr ? p.batch * ((p.rows + 63) / 64 * 64) : p.rows + 64 * p.sequences;
+// What lies in the workspace one after the other, in floats: twice `rows`, dq, counters.
+struct AttentionBackwardSizes {
+  int64_t rows;      // lse, and delta
+  int64_t dq;        // for one pass: dq in float32, with room for every sequence in whole blocks of up to 64 queries
+  int64_t counters;  // for one pass: a turn for each block of 32 queries or more, and the ticket
+};
+inline AttentionBackwardSizes attention_backward_sizes(const AttentionInputs& p) {
+  const int64_t rows = p.batch * p.heads * p.rows;
+  if (!attention_backward_has_one_pass(p)) return {rows, 0, 0};
+  const int64_t queries = p.cu_seqlens == nullptr ? p.batch * ((p.rows + 63) / 64 * 64) : p.rows + 64 * p.sequences;
+  return {rows, queries * p.heads * (p.width <= 64 ? 64 : 128), queries * p.heads / 32 + 1};
 }
-// lse and delta; for one pass also dq in float32, a turn for each block of 32 queries or more, and the ticket.
 inline int64_t attention_backward_workspace(const AttentionInputs& p) {
-  const int64_t rows = 2 * p.batch * p.heads * p.rows, room = attention_backward_room(p) * p.heads;
-  return attention_backward_has_one_pass(p) ? rows + room * (p.width <= 64 ? 64 : 128) + room / 32 + 1 : rows;
+  const AttentionBackwardSizes sizes = attention_backward_sizes(p);
+  return 2 * sizes.rows + sizes.dq + sizes.counters;
 }
 
 }  // namespace fastlm

@@ -1,6 +1,7 @@
-// attention.h on CUDA, backward: dk and dv. A block of threads owns a block of keys of one head of k and v, and goes
-// through the queries of all heads that share it, in a fixed order. Scores are made transposed, k q^T: so the weights and
-// their gradients are in the registers of the warp that owns the keys, in the layout in which the next products take them.
+// attention.h on CUDA, backward: dk and dv where one pass does not fit, of float32 and of heads wider than 128. A block of
+// threads owns a block of keys of one head of k and v, and goes through the queries of all heads that share it, in a fixed
+// order. Scores are made transposed, k q^T: so the weights and their gradients are in the registers of the warp that owns
+// the keys, in the layout in which the next products take them.
 #include "attention/sm80/backward.h"
 
 namespace fastlm {
@@ -9,26 +10,25 @@ namespace {
 
 // kSplit: warps that share their keys, each with its part of the columns of dk and dv. At 256 wide both together would be
 // 256 registers of 16 keys; so each of two warps makes all scores, and half of the gradients. float32 needs more room.
-template <class T, int kWidth, bool kGeneral>
+template <class T, int kWidth>
 struct Shape {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kRowTiles = kHalf && kWidth <= 64 ? 2 : 1;
-  static constexpr int kSplit = kHalf ? (kWidth <= 128 ? 1 : 2) : kWidth / 64;
-  static constexpr int kWarps = kHalf ? (kWidth <= 64 ? 4 : 8) : 4;
+  static constexpr int kSplit = kHalf ? kWidth / 128 : kWidth / 64;
+  static constexpr int kWarps = kHalf ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kWarpRows = 16;
   static constexpr int kRows = kWarps / kSplit * kWarpRows;
-  static constexpr int kColumns = kHalf && (kWidth == 128 || (kWidth == 64 && !kGeneral)) ? 32 : 16;
+  static constexpr int kColumns = 16;
   static constexpr int kStageBytes = Tile<T, kWidth>::bytes(2 * kColumns);
   static constexpr int kBytes = Tile<T, kWidth>::bytes(2 * kRows) + 2 * kStageBytes + 4 * kColumns * 4;
 };
 
 template <class T, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
+__global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
     attention_backward_dkv(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dk, T* __restrict__ dv) {
-  using S = Shape<T, kWidth, kGeneral>;
+  using S = Shape<T, kWidth>;
   using Tile = Tile<T, kWidth>;
-  constexpr int kRowTiles = S::kRowTiles, kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
+  constexpr int kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
   constexpr int kOutTiles = kWidth / 8 / S::kSplit;
   FASTLM_SHARED_DYNAMIC(shared, 128);
   const Tile k_tile{shared, ptx::shared_address(shared)};
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
   const int warp = threadIdx.x / 32, out_first = warp % S::kSplit * kOutTiles;
   const int warp_tile_row = warp / S::kSplit * S::kWarpRows, warp_row = row0 + warp_tile_row, row = warp_row + lane_row;
   const Dropout dropout(p);
-  float dk_sum[kRowTiles][kOutTiles][4] = {}, dv_sum[kRowTiles][kOutTiles][4] = {};
+  float dk_sum[1][kOutTiles][4] = {}, dv_sum[1][kOutTiles][4] = {};
   if (total > 0) {
     load_tile<S::kRows, kThreads>(k_tile, k, row0, span.row, span.row_end);
     load_tile<S::kRows, kThreads>(v_tile, v, row0, span.row, span.row_end);
@@ -82,46 +82,34 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
     const int column = first + t % tiles * kColumns;
     if (span.sees_nothing(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) continue;
     const Tile q_tile = stages.after(t % 2 * 2 * kColumns), dout_tile = q_tile.after(kColumns);
-    float s[kRowTiles][kTiles][4], ds[kRowTiles][kTiles][4];
+    float s[1][kTiles][4], ds[1][kTiles][4];
     rows_by_rows(s, k_tile, warp_tile_row, q_tile);
     rows_by_rows(ds, v_tile, warp_tile_row, dout_tile);
     const int head = head0 + t / tiles;
     const Scoring<kGeneral> scoring(p, batch, head);
-    uint32_t kept[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; r++) {
-      kept[r] = ~0u;
-      if (kGeneral && p.rng_state != nullptr) {
-        kept[r] = dropout.kept_by_columns<kTiles>(row + 16 * r, column + lane_column, static_cast<uint32_t>(batch * p.heads + head));
-      }
+    uint32_t kept[1] = {~0u};
+    if (kGeneral && p.rng_state != nullptr) {
+      kept[0] = dropout.kept_by_columns<kTiles>(row, column + lane_column, static_cast<uint32_t>(batch * p.heads + head));
     }
     const float* lse = statistics + t % 2 * 2 * kColumns + lane_column;
     weights_and_gradients<kGeneral>(
         s, ds, scoring, kept, p.dropout_scale, [&](int, int n, int e) { return lse[8 * n + e % 2]; },
         [&](int, int n, int e) { return lse[kColumns + 8 * n + e % 2]; },
-        [&](int r, int n, int e) {
-          return row + 16 * r + 8 * (e / 2) + span.diagonal - (column + lane_column + 8 * n + e % 2);
-        });
+        [&](int, int n, int e) { return row + 8 * (e / 2) + span.diagonal - (column + lane_column + 8 * n + e % 2); });
     if (!span.sees_all(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) {
-      hide(s, ds, span, row, column + lane_column);
+      hide(0.0f, span, row, column + lane_column, s, ds);
     }
-    Weights<T, kTiles> weights[kRowTiles], gradients[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; r++) {
-      weights[r].set(s[r]);
-      gradients[r].set(ds[r]);
-    }
+    Weights<T, kTiles> weights[1], gradients[1];
+    weights[0].set(s[0]);
+    gradients[0].set(ds[0]);
     weights_by_columns(dv_sum, weights, dout_tile, out_first);
     weights_by_columns(dk_sum, gradients, q_tile, out_first);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
   const float dv_factor = kGeneral ? p.dropout_scale : 1.0f;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; r++) {
-    put_rows(k_tile, warp_tile_row + 16 * r, dk_sum[r], p.scale, p.scale, out_first);
-    put_rows(v_tile, warp_tile_row + 16 * r, dv_sum[r], dv_factor, dv_factor, out_first);
-  }
+  put_rows(k_tile, warp_tile_row, dk_sum[0], p.scale, p.scale, out_first);
+  put_rows(v_tile, warp_tile_row, dv_sum[0], dv_factor, dv_factor, out_first);
   __syncwarp();
   constexpr int kOutChunks = Tile::kChunks / S::kSplit;
   const int64_t offset = (batch * p.columns * p.kv_heads + place.head) * p.width, stride = p.kv_heads * p.width;
@@ -137,7 +125,7 @@ void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv
   with_variant<true>(p, [&](auto variant) {
     using V = decltype(variant);
     using T = typename V::type;
-    using S = Shape<T, V::kWidth, V::kGeneral>;
+    using S = Shape<T, V::kWidth>;
     // The blocks of a packed sequence begin at a multiple of 8, up to 7 keys before it.
     const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.columns : p.max_seqlen + 7, S::kRows, p.kv_heads);
     if (grid.blocks * grid.sequences == 0) return;

@@ -14,7 +14,7 @@ namespace cuda {
 namespace {
 
 // kLarge: for GPUs with at least 163 KB of shared memory a block (A100, H100); the others have 99 KB.
-template <class T, int kWidth, bool kGeneral, bool kLarge>
+template <class T, int kWidth, bool kLarge>
 struct Shape {
   static constexpr int kWarps = kLarge ? 8 : 4, kThreads = 32 * kWarps;
   static constexpr int kQueries = kLarge || kWidth <= 64 ? 64 : 32, kKeys = kLarge ? 128 : 64;
@@ -68,10 +68,10 @@ struct Turn {
 };
 
 template <class T, int kWidth, bool kGeneral, bool kLarge>
-__global__ void __launch_bounds__(Shape<T, kWidth, kGeneral, kLarge>::kThreads, Shape<T, kWidth, kGeneral, kLarge>::kBlocksAtLeast)
+__global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads, Shape<T, kWidth, kLarge>::kBlocksAtLeast)
     attention_backward(const __grid_constant__ BackwardInputs in, const Grid grid, const OnePassWorkspace w,
                        T* __restrict__ dk, T* __restrict__ dv) {
-  using S = Shape<T, kWidth, kGeneral, kLarge>;
+  using S = Shape<T, kWidth, kLarge>;
   using Tile = typename S::Tile;
   using Scores = typename S::Scores;
   constexpr int kThreads = S::kThreads, kQueries = S::kQueries, kKeys = S::kKeys, kTiles = S::kTiles, kRowTiles = 2;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral, kLarge>::kThreads, 
           s, ds, scoring, kept, p.dropout_scale, [&](int r, int, int e) { return lse[r][e / 2]; },
           [&](int r, int, int e) { return delta[r][e / 2]; },
           [&](int r, int n, int e) { return row + 16 * r + 8 * (e / 2) + span.diagonal - (column + 8 * n + e % 2); });
-      if (!span.sees_all(warp_row, warp_row + 32, warp_column, warp_column + S::kScoreKeys)) hide(s, ds, span, row, column);
+      if (!span.sees_all(warp_row, warp_row + 32, warp_column, warp_column + S::kScoreKeys)) hide(0.0f, span, row, column, s, ds);
     }
 #pragma unroll
     for (int r = 0; r < kRowTiles; r++) {
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral, kLarge>::kThreads, 
 
 // dq: from sums to rows of T. Queries that see nothing have no sum.
 template <class T, int kWidth, bool kLarge>
-__global__ void __launch_bounds__(Shape<T, kWidth, false, kLarge>::kThreads)
+__global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads)
     attention_dq(const __grid_constant__ AttentionInputs p, const Grid grid, const OnePassWorkspace w, T* __restrict__ dq) {
-  using S = Shape<T, kWidth, false, kLarge>;
+  using S = Shape<T, kWidth, kLarge>;
   constexpr int kRowTiles = S::kQueryRows / 16;
   FASTLM_SHARED_DYNAMIC(shared, 128);
   const typename S::Tile tile{shared, ptx::shared_address(shared)};
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth, false, kLarge>::kThreads)
 
 template <class T, int kWidth, bool kGeneral, bool kLarge>
 void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
-  using S = Shape<T, kWidth, kGeneral, kLarge>;
+  using S = Shape<T, kWidth, kLarge>;
   const AttentionInputs& p = inputs.p;
   const bool packed = p.cu_seqlens != nullptr;
   // The blocks of a packed sequence begin at a multiple of 8, up to 7 keys before it.
@@ -263,7 +263,7 @@ void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, void* 
 
 template <class T, bool kGeneral>
 void launch_width(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
-  using Large = Shape<T, 128, kGeneral, true>;
+  using Large = Shape<T, 128, true>;
   if (inputs.p.width <= 64) launch_both<T, 64, kGeneral, false>(inputs, w, dq, dk, dv, stream);
   else if (max_shared_memory() >= Large::kBytes + 1024) launch_both<T, 128, kGeneral, true>(inputs, w, dq, dk, dv, stream);
   else launch_both<T, 128, kGeneral, false>(inputs, w, dq, dk, dv, stream);

@@ -1,5 +1,6 @@
-// attention.h on CUDA, backward: dq. A block of threads owns a block of query rows, as in the forward pass; its warps keep
-// scores, weights and dq in registers, while keys and values come through shared memory in two stages.
+// attention.h on CUDA, backward: dq where one pass does not fit, of float32 and of heads wider than 128. A block of threads
+// owns a block of query rows, as in the forward pass; its warps keep 16 rows of scores, weights and dq in registers, while
+// keys and values come through shared memory in two stages.
 #include "attention/sm80/backward.h"
 
 namespace fastlm {
@@ -7,25 +8,23 @@ namespace cuda {
 namespace {
 
 // kSplit: warps that share their rows, each with its part of the columns of dq: float32 of 256 columns needs the room.
-template <class T, int kWidth, bool kGeneral>
+template <class T, int kWidth>
 struct Shape {
-  static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kRowTiles = kHalf && kWidth <= 128 ? 2 : 1;
-  static constexpr int kSplit = kHalf || kWidth <= 128 ? 1 : 4;
+  static constexpr int kSplit = sizeof(T) == 2 || kWidth <= 128 ? 1 : 4;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kWarpRows = 16;
   static constexpr int kRows = kWarps / kSplit * kWarpRows;
-  static constexpr int kColumns = kWidth <= 64 || (kHalf && kWidth <= 128 && !kGeneral) ? 32 : 16;
+  static constexpr int kColumns = kWidth <= 64 ? 32 : 16;
   static constexpr int kBytes = Tile<T, kWidth>::bytes(2 * kRows + 4 * kColumns);
 };
 
 template <class T, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
+__global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
     attention_backward_dq(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dq) {
-  using S = Shape<T, kWidth, kGeneral>;
+  using S = Shape<T, kWidth>;
   using Tile = Tile<T, kWidth>;
-  constexpr int kRowTiles = S::kRowTiles, kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
+  constexpr int kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
   constexpr int kOutTiles = kWidth / 8 / S::kSplit, kOutChunks = Tile::kChunks / S::kSplit;
   FASTLM_SHARED_DYNAMIC(shared, 128);
   const Tile q_tile{shared, ptx::shared_address(shared)};
@@ -59,19 +58,16 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
   const uint32_t plane = static_cast<uint32_t>(batch * p.heads + head);
   const Scoring<kGeneral> scoring(p, batch, head);
   const Dropout dropout(p);
-  float lse[kRowTiles][2], delta[kRowTiles][2];
+  float lse[2], delta[2];
 #pragma unroll
-  for (int r = 0; r < kRowTiles; r++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int i = row + 16 * r + 8 * half;
-      const int64_t index = plane * p.rows + i;
-      lse[r][half] = i < span.row_end ? in.lse[index] : kInfinity;
-      delta[r][half] = i < span.row_end ? in.delta[index] : 0.0f;
-    }
+  for (int half = 0; half < 2; half++) {
+    const int i = row + 8 * half;
+    const int64_t index = plane * p.rows + i;
+    lse[half] = i < span.row_end ? in.lse[index] : kInfinity;
+    delta[half] = i < span.row_end ? in.delta[index] : 0.0f;
   }
 
-  float result[kRowTiles][kOutTiles][4] = {};
+  float result[1][kOutTiles][4] = {};
   if (tiles > 0) {
     load_tile<S::kRows, kThreads>(q_tile, q, row0, span.row, span.row_end);
     load_tile<S::kRows, kThreads>(dout_tile, dout, row0, span.row, span.row_end);
@@ -86,37 +82,25 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kGeneral>::kThreads)
     const int column = first + t * kColumns;
     if (span.sees_nothing(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) continue;
     const Tile k_tile = stages.after(t % 2 * 2 * kColumns), v_tile = k_tile.after(kColumns);
-    float s[kRowTiles][kTiles][4], ds[kRowTiles][kTiles][4];
+    float s[1][kTiles][4], ds[1][kTiles][4];
     rows_by_rows(s, q_tile, warp_tile_row, k_tile);
     rows_by_rows(ds, dout_tile, warp_tile_row, v_tile);
-    uint32_t kept[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; r++) {
-      kept[r] = ~0u;
-      if (kGeneral && p.rng_state != nullptr) {
-        kept[r] = dropout.kept_by_rows<kTiles>(row + 16 * r, column + lane_column, plane);
-      }
-    }
+    uint32_t kept[1] = {~0u};
+    if (kGeneral && p.rng_state != nullptr) kept[0] = dropout.kept_by_rows<kTiles>(row, column + lane_column, plane);
     weights_and_gradients<kGeneral>(
-        s, ds, scoring, kept, p.dropout_scale, [&](int r, int, int e) { return lse[r][e / 2]; },
-        [&](int r, int, int e) { return delta[r][e / 2]; },
-        [&](int r, int n, int e) {
-          return row + 16 * r + 8 * (e / 2) + span.diagonal - (column + lane_column + 8 * n + e % 2);
-        });
+        s, ds, scoring, kept, p.dropout_scale, [&](int, int, int e) { return lse[e / 2]; },
+        [&](int, int, int e) { return delta[e / 2]; },
+        [&](int, int n, int e) { return row + 8 * (e / 2) + span.diagonal - (column + lane_column + 8 * n + e % 2); });
     if (!span.sees_all(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) {
-      hide(s, ds, span, row, column + lane_column);
+      hide(0.0f, span, row, column + lane_column, s, ds);
     }
-    Weights<T, kTiles> gradients[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; r++) gradients[r].set(ds[r]);
+    Weights<T, kTiles> gradients[1];
+    gradients[0].set(ds[0]);
     weights_by_columns(result, gradients, k_tile, part * kOutTiles);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kRowTiles; r++) {
-    put_rows(q_tile, warp_tile_row + 16 * r, result[r], p.scale, p.scale, part * kOutTiles);
-  }
+  put_rows(q_tile, warp_tile_row, result[0], p.scale, p.scale, part * kOutTiles);
   __syncwarp();
   store_tile<S::kWarpRows>(q_tile, warp_tile_row, part * kOutChunks, kOutChunks,
                            dq + (batch * p.rows * p.heads + head) * p.width, p.heads * p.width, warp_row, span.row, span.row_end, chunks);
@@ -129,7 +113,7 @@ void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_
   with_variant<true>(p, [&](auto variant) {
     using V = decltype(variant);
     using T = typename V::type;
-    using S = Shape<T, V::kWidth, V::kGeneral>;
+    using S = Shape<T, V::kWidth>;
     const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
     if (grid.blocks * grid.sequences == 0) return;
     launch("attention_backward_dq", {blocks_of(grid), dim3(S::kThreads), S::kBytes, stream},

@@ -1,4 +1,4 @@
-// attention.h on CUDA, backward: what both of its kernels need first, and their launches (sm80/backward.h).
+// attention.h on CUDA, backward: what all of its kernels need first, and which of them run (sm80/backward.h).
 #include "attention/sm80/backward.h"
 
 namespace fastlm {
@@ -47,22 +47,21 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
   check_rows("dout", g.dout, g.dout_strides, p.batch, p.rows, p.heads, p.type);
   check_rows("out", g.out, {0, 0, 0}, 1, 1, 1, p.type);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int64_t rows = p.batch * p.heads * p.rows, room = attention_backward_room(p) * p.heads;
   const bool one_pass = attention_backward_has_one_pass(p);
-  float *const lse = workspace, *const delta = lse + rows, *const dq = delta + rows;
-  const int64_t turns = one_pass ? room / 32 : 0, zeros = one_pass ? turns + 1 : 0;
-  auto* const zero = reinterpret_cast<uint32_t*>(dq + (one_pass ? room * (p.width <= 64 ? 64 : 128) : 0));
-  const int64_t blocks = (rows * kLanes + kThreads - 1) / kThreads;
+  const AttentionBackwardSizes sizes = attention_backward_sizes(p);
+  float *const lse = workspace, *const delta = lse + sizes.rows, *const dq = delta + sizes.rows;
+  auto* const counters = reinterpret_cast<uint32_t*>(dq + sizes.dq);
+  const int64_t blocks = (sizes.rows * kLanes + kThreads - 1) / kThreads;
   if (blocks > 2147483647) {
     throw std::invalid_argument("attention: " + std::to_string(blocks) + " blocks wanted, but a CUDA grid holds at most 2147483647");
   }
   if (blocks > 0 || one_pass) {
     launch("attention_delta", {dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1)), dim3(kThreads), 0, cuda_stream}, attention_delta, p,
-           g, has_general_kernel(p) ? 1.0f : kLog2E, lse, delta, zero, zeros);
+           g, has_general_kernel(p) ? 1.0f : kLog2E, lse, delta, counters, sizes.counters);
   }
   const BackwardInputs inputs{p, g.dout, g.dout_strides, lse, delta};
   if (one_pass) {
-    attention_backward_one_pass(inputs, {dq, zero, zero + turns}, g.dq, g.dk, g.dv, cuda_stream);
+    attention_backward_one_pass(inputs, {dq, counters, counters + sizes.counters - 1}, g.dq, g.dk, g.dv, cuda_stream);
   } else {
     attention_backward_rows(inputs, g.dq, cuda_stream);
     attention_backward_columns(inputs, g.dk, g.dv, cuda_stream);

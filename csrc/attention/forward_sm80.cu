@@ -136,7 +136,9 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
         }
       }
     }
-    if (!span.sees_all(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) hide(s, span, row, column + lane_column);
+    if (!span.sees_all(warp_row, warp_row + S::kWarpRows, column, column + kColumns)) {
+      hide(-kInfinity, span, row, column + lane_column, s);
+    }
     Weights<T, kTiles> weights[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; r++) {

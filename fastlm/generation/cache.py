@@ -120,7 +120,7 @@ class KVCache:
         self.length += tokens
 
     def addresses(self) -> list[int]:
-        """For csrc/decode: rows, tokens, capacity, then where the keys of each layer lie, then the values.
+        """For csrc/gpt/decode.h: rows, tokens, capacity, then where the keys of each layer lie, then the values.
 
         There is room for one more token in each layer then. Tokens must have been appended before.
         """

@@ -1,7 +1,7 @@
 """Decoding on the CPU: one token for each of a few rows through all blocks, by one call of C++.
 
 Called layer by layer from Python, a generated token of a small model spends most of its time between the kernels. The
-arithmetic is that of the CPU kernels (csrc/decode/decode.h).
+arithmetic is that of the CPU kernels (csrc/gpt/decode.h).
 """
 
 from __future__ import annotations

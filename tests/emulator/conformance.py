@@ -117,6 +117,11 @@ def warp_examples() -> Iterator[Example]:
     tf32 = (low.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     yield Example("conversions", floats(a), np.concatenate([*pairs, tf32]))
 
+    bits = np.resize(
+        np.array([0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00000, 0xFFC00000, 0x7F800000, 0x7F7FF000, 0], np.uint32), 32
+    )
+    yield Example("tf32_of_nan", bits, ((bits & 0x7FFFFFFF) > 0x7F800000).astype(np.uint32))
+
     a = rng(6).uniform(-4, 4, 64).astype(np.float32)
     wide = a.astype(np.float64)
     values = np.concatenate([2.0**wide, np.tanh(wide), np.log2(np.abs(wide)), 1 / wide])

@@ -10,11 +10,11 @@
 #include <cstdio>
 
 #include "attention/attention.h"
-#include "attention/decode.h"
 #include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
-#include "decode/decode.h"
+#include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
+#include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"

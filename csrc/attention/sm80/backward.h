@@ -23,8 +23,8 @@ struct BackwardInputs {
 
 // The part of the workspace that the one-pass kernel needs.
 struct OnePassWorkspace {
-  float* dq;  // blocks of queries by heads, each as its accumulators lie in registers
-  uint32_t* turns;  // by the same: how many blocks of keys have added their part; 0 at first
+  float* dq;         // blocks of queries by heads, each as its accumulators lie in registers
+  uint32_t* turns;   // by the same: how many blocks of keys have added their part; 0 at first
   uint32_t* ticket;  // how many blocks of threads have begun; 0 at first
 };
 
@@ -56,27 +56,6 @@ FASTLM_DEVICE void weights_and_gradients(float (&s)[kRowTiles][kTiles][4], float
           weight = s[r][n][e] = scoring.weight(s[r][n][e], lse(r, n, e));
         }
         dp[r][n][e] = weight * (dweight - delta(r, n, e)) * slope;
-      }
-    }
-  }
-}
-
-// Weights and gradients of what is not visible become 0.
-template <int kRowTiles, int kTiles>
-FASTLM_DEVICE void hide(float (&s)[kRowTiles][kTiles][4], float (&ds)[kRowTiles][kTiles][4], const Span& span, int row, int column) {
-  // Relative to the column, so that the limits of each row are no loop invariants, which would take registers.
-  const int first = span.column - column, end = span.column_end - column, aligned = row + span.diagonal - column;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; r++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int at = aligned + 16 * r + 8 * half, low = max(first, at - span.left), high = min(end, at + span.right + 1);
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          if (8 * n + e < low || 8 * n + e >= high) s[r][n][2 * half + e] = ds[r][n][2 * half + e] = 0.0f;
-        }
       }
     }
   }

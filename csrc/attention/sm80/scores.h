@@ -56,9 +56,9 @@ struct Scoring<true> {
   FASTLM_DEVICE float natural(float maximum) const { return maximum; }
 };
 
-// Scores that are not visible become -inf.
-template <int kRowTiles, int kTiles>
-FASTLM_DEVICE void hide(float (&acc)[kRowTiles][kTiles][4], const Span& span, int row, int column) {
+// What is not visible becomes `value`, in each of some blocks.
+template <int kRowTiles, int kTiles, class... Others>
+FASTLM_DEVICE void hide(float value, const Span& span, int row, int column, float (&acc)[kRowTiles][kTiles][4], Others&... others) {
   // Relative to the column, so that the limits of each row are no loop invariants, which would take registers.
   const int first = span.column - column, end = span.column_end - column, aligned = row + span.diagonal - column;
 #pragma unroll
@@ -70,7 +70,10 @@ FASTLM_DEVICE void hide(float (&acc)[kRowTiles][kTiles][4], const Span& span, in
       for (int n = 0; n < kTiles; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          if (8 * n + e < low || 8 * n + e >= high) acc[r][n][2 * half + e] = -kInfinity;
+          if (8 * n + e < low || 8 * n + e >= high) {
+            acc[r][n][2 * half + e] = value;
+            ((others[r][n][2 * half + e] = value), ...);
+          }
         }
       }
     }

@@ -33,7 +33,8 @@ FASTLM_DEVICE uint32_t to_tf32(float a) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(a));
   return r;
 #else
-  return (__float_as_uint(a) + 0x1000u) & 0xffffe000u;
+  const uint32_t bits = __float_as_uint(a);
+  return (fabsf(a) < INFINITY ? bits + 0x1000u : bits) & 0xffffe000u;  // else NaN with all bits set would become 0
 #endif
 }
 

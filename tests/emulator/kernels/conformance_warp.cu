@@ -105,6 +105,13 @@ __global__ void conversions(const uint32_t* in, uint32_t* out) {
 }
 HARNESS_CASE("conversions", conversions, 1, 64, 0, 128, 192);
 
+// Which bits a NaN gets is not promised: out is whether it still is one.
+__global__ void tf32_of_nan(const uint32_t* in, uint32_t* out) {
+  const float a = __uint_as_float(ptx::to_tf32(__uint_as_float(in[threadIdx.x])));
+  out[threadIdx.x] = a != a;
+}
+HARNESS_CASE("tf32_of_nan", tf32_of_nan, 1, 32, 0, 32, 32);
+
 __global__ void approximations(const uint32_t* in, uint32_t* out) {
   const int t = threadIdx.x;
   const float a = __uint_as_float(in[t]);

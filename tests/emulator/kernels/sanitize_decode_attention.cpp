@@ -1,7 +1,7 @@
 // Attention of new tokens over a cache on small cases, for the sanitizers. A plain loop gives the wanted values.
 #include <cstdio>
 
-#include "attention/decode.h"
+#include "decode_attention/decode_attention.h"
 #include "sanitize_values.h"
 
 namespace {

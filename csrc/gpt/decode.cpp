@@ -1,4 +1,4 @@
-#include "decode/decode.h"
+#include "gpt/decode.h"
 
 #include <cstring>
 

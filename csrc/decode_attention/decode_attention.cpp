@@ -1,6 +1,6 @@
-// decode.h on the CPU: a task is a part of a sequence under one head of keys and values, for all query heads that share it,
+// decode_attention.h on the CPU: a task is a part of a sequence under one head of keys and values, for all query heads that share it,
 // so that the cache is read once.
-#include "attention/decode.h"
+#include "decode_attention/decode_attention.h"
 
 #include <cmath>
 #include <stdexcept>

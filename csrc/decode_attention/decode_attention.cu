@@ -1,7 +1,7 @@
-// decode.h on CUDA: a block for each part of a sequence and head of keys and values, then a block for each row of the output.
+// decode_attention.h on CUDA: a block for each part of a sequence and head of keys and values, then a block for each row of the output.
 // The time is that of reading the cache once: every access to it is 16 bytes wide, and the query heads that share keys and
 // values share the block.
-#include "attention/decode.h"
+#include "decode_attention/decode_attention.h"
 
 #include <stdexcept>
 #include <string>
