@@ -57,6 +57,27 @@ def test_other_instructions_keep_the_tensor_cores_idle() -> None:
     assert chips.roofline(chips.A100, 1.0, 312e12, busy=0.5) == (2.0, "issued instructions")
 
 
+def test_shared_memory_serves_all_schedulers() -> None:
+    assert chips.shared_limit(chips.H100, 10, 40) == 0.25
+    assert chips.shared_limit(chips.A100, 10, 10) == 1.0
+    assert chips.shared_limit(chips.A100, 10, 0) == 1.0
+    assert chips.roofline(chips.A100, 1.0, 312e12, busy=0.75, shared=0.5) == (2.0, "shared memory")
+    wide = [
+        "LDSM.16.MT88.4 R4, [R5]",
+        "@P0 STS.64 [R1], R2",
+        "LDS R1, [R2]",
+        "LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64]",
+    ]
+    assert [sass.wavefronts(text) for text in [*wide, "LDSM.16.M88 R4, [R5]", "LDG.E.128 R1, [R2]"]] == [
+        4,
+        2,
+        1,
+        4,
+        1,
+        0,
+    ]
+
+
 def code(*instructions: str) -> str:
     lines = [f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(instructions)]
     return "\n".join(["\t\tFunction : kernel", *lines])
@@ -71,6 +92,7 @@ def test_the_main_loop_is_the_one_with_the_tensor_cores() -> None:
     loop = sass.main_loop(sass.functions(text)["kernel"])
     assert loop is not None and loop.counts == {"LDSM": 1, "HMMA": 1, "BRA": 1} and not loop.aside
     assert loop.number("tensor core") == 1 and loop.share("LDSM") == pytest.approx(1 / 3)
+    assert loop.wavefronts == 4
 
 
 def test_what_was_moved_out_of_the_loop_is_counted_beside_it() -> None:

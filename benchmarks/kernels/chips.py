@@ -51,6 +51,7 @@ CHIPS = {chip.arch: chip for chip in (A100, H100)}
 # CUDA C++ Programming Guide, technical specifications per compute capability: the same for 8.0 and 9.0.
 THREADS, BLOCKS, REGISTERS = 2048, 32, 65536  # of a multiprocessor
 REGISTER_UNIT = 256  # registers are given to a warp by so many
+SCHEDULERS = 4
 SHARED_UNIT, SHARED_OF_SYSTEM = 128, 1024  # bytes: the unit, and what the system takes of each block
 
 
@@ -76,15 +77,26 @@ def issue_limit(chip: Chip, products: int, instructions: int) -> float:
     return min(1.0, products * chip.mma_cycles / instructions)
 
 
-def roofline(chip: Chip, bytes_moved: float, flops: float, tf32: bool = False, busy: float = 1.0) -> tuple[float, str]:
+def shared_limit(chip: Chip, products: int, wavefronts: int) -> float:
+    """The most that the tensor cores can be busy in a loop that moves 128 bytes so often to and from shared memory. It
+    has 32 banks of 4 bytes a cycle (CUDA C++ Programming Guide), for the warps of all four schedulers."""
+    return min(1.0, products * chip.mma_cycles / (SCHEDULERS * wavefronts)) if wavefronts else 1.0
+
+
+def roofline(
+    chip: Chip, bytes_moved: float, flops: float, tf32: bool = False, busy: float = 1.0, shared: float = 1.0
+) -> tuple[float, str]:
     """Seconds that a kernel of mma.sync needs at least, and which limit it is.
 
     Args:
         busy: the most that its tensor cores can be busy, from `issue_limit`.
+        shared: the same from `shared_limit`.
     """
-    reached = min(chip.mma_sync, busy)
+    reached, limit = min(
+        (chip.mma_sync, "matrix products"), (busy, "issued instructions"), (shared, "shared memory"), key=lambda x: x[0]
+    )
     by_memory = bytes_moved / chip.bandwidth
     by_tensor = flops / (reached * (chip.tf32_flops if tf32 else chip.tensor_flops))
     if by_memory >= by_tensor:
         return by_memory, "memory"
-    return by_tensor, "issued instructions" if busy < chip.mma_sync else "matrix products"
+    return by_tensor, limit

@@ -94,7 +94,8 @@ def section(
     loop_rows, predictions = [r[0] for r in rows], [r[1] for r in rows]
     header = (
         *("kernel", "threads", "shared memory, bytes", "blocks an SM", "occupancy", "loop"),
-        *("tensor core", "LDSM", "LDGSTS", "float", "out of line", "tensor core busy, at most", "wavefronts a matrix"),
+        *("tensor core", "LDSM", "LDGSTS", "float", "out of line"),
+        *("tensor core busy, at most", "by shared memory", "wavefronts a matrix"),
     )
     text += f"\n### {arch}: main loops\n\n{document.table(header, loop_rows)}"
     header = ("kernel", "shape", "MB", "GFLOP", "limit", "predicted, at least")
@@ -161,11 +162,13 @@ def row_of(
     conflicts = f"{launch['wavefronts'] / matrices:.2f}" if matrices else "-"
     products = loop.number("tensor core") if loop else 0
     busy = chips.issue_limit(chip, products, loop.length) if loop and products else 1.0
-    seconds, limit = chips.roofline(chip, w.bytes, w.flops, w.tf32, busy)
+    shared_busy = chips.shared_limit(chip, products, loop.wavefronts) if loop and products else 1.0
+    seconds, limit = chips.roofline(chip, w.bytes, w.flops, w.tf32, busy, shared_busy)
     flops = f"{w.flops / 1e9:,.0f}" if w.flops else "-"
+    limits = (f"{busy:.0%}", f"{shared_busy:.0%}") if products else ("-", "-")
     prediction = (name, w.shape, f"{w.bytes / 1e6:,.0f}", flops, limit, f"{seconds * 1e6:,.0f} µs")
     return (
-        (name, block, shared, blocks, f"{occupied:.0%}", *mix, f"{busy:.0%}" if products else "-", conflicts),
+        (name, block, shared, blocks, f"{occupied:.0%}", *mix, *limits, conflicts),
         prediction,
         seconds,
     )

@@ -29,10 +29,13 @@ class Loop:
         counts: of the loop's body as it lies in the code.
         aside: of the code that it branches to elsewhere and that comes back to it; both sides of its branches count,
             so it is more than one pass executes.
+        wavefronts: how often the body reads or writes shared memory for one warp, 128 bytes at most each, where no two
+            lanes want the same bank.
     """
 
     counts: dict[str, int]
     aside: dict[str, int]
+    wavefronts: int = 0
 
     @property
     def length(self) -> int:
@@ -48,6 +51,16 @@ class Loop:
 def opcode(text: str) -> str:
     """@!P0 HMMA.16816.F32 R4, ... as HMMA."""
     return PREDICATE.sub("", text).split()[0].partition(".")[0]
+
+
+def wavefronts(text: str) -> int:
+    """Of one instruction: LDSM.16.M88.4 reads four matrices of 128 bytes, LDS.64 32 times 8 bytes, and so on."""
+    op, *modifiers = PREDICATE.sub("", text).split()[0].split(".")
+    if op == "LDSM":
+        return int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    if op not in ("LDS", "STS", "LDGSTS", "ATOMS"):
+        return 0
+    return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
 
 
 def functions(sass: str) -> dict[str, list[tuple[int, str]]]:
@@ -84,7 +97,8 @@ def main_loop(instructions: list[tuple[int, str]]) -> Loop | None:
             for low, high in found:  # a range that begins before this one and ends in it: what was moved out of line
                 if low < first <= high < last:
                     aside = max(aside, _counts(instructions, low, first - 1), key=lambda c: sum(c.values()))
-            best = key, Loop(dict(counts), dict(aside))
+            shared = sum(wavefronts(text) for at, text in instructions if first <= at <= last)
+            best = key, Loop(dict(counts), dict(aside), shared)
     return best[1] if best else None
 
 
