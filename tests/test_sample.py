@@ -15,7 +15,7 @@ from fastlm.generation import Sampling
 from fastlm.ops import sample
 from fastlm.ops.philox import philox4x32
 from fastlm.ops.sample.reference import kept_weights, random_words
-from tests.op_suite import BACKENDS, DTYPES
+from tests.op_suite import BACKENDS, DTYPES, device_of
 
 SLOW = ("emulator", "triton")
 OPTIONS = [
@@ -40,9 +40,11 @@ def states(rows: int, seed: int = 0) -> Tensor:
 
 
 def run(backend: str, logits: Tensor, **arguments) -> Tensor:
+    device = device_of(backend)
+    moved = {name: a.to(device) if isinstance(a, Tensor) else a for name, a in arguments.items()}
     with fastlm.backend(backend):
         try:
-            return sample(logits, **arguments)
+            return sample(logits.to(device), **moved).cpu()
         except fastlm.UnsupportedError as reason:
             pytest.skip(str(reason))
 
@@ -77,6 +79,16 @@ def test_draws_are_those_of_the_random_numbers(backend, dtype, ties, options) ->
     else:
         check(ids, logits, state, options)
     assert torch.equal(ids, run(backend, logits, rng_state=state, **options))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 700}, {"top_p": 0.5}, {"top_k": 15000, "top_p": 0.3}], ids=str)
+@pytest.mark.parametrize("spread", [0.4, 0.0])
+@pytest.mark.parametrize("backend", ["cuda", "emulator"])
+def test_more_candidates_than_shared_memory_holds(backend: str, spread: float, options: dict) -> None:
+    """20,000 logits so near to each other that they do not fit at first, and equal ones, which never do."""
+    logits = 1 + spread * torch.rand(1, 20000, generator=torch.Generator().manual_seed(0))
+    state = states(1)
+    check(run(backend, logits, rng_state=state, **options), logits, state, options)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

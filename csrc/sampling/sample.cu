@@ -1,7 +1,8 @@
 // sample.h on CUDA: a block a row. The row is read again for each pass; it is some hundred KB and lies in the L2 cache.
 //
 // The thresholds of top-k and top-p are found from the top bits down, two a pass: each thread sums the weights above three
-// candidates in registers. Integers: neither atomics nor an order of addition can show in the result.
+// candidates in registers. As soon as what is left to choose from fits, it is gathered in shared memory, and the passes that
+// follow read that instead of the row. Integers: neither atomics nor an order of addition can show in the result.
 #include "sampling/sample.h"
 
 #include <stdexcept>
@@ -17,18 +18,24 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCandidates = 3;  // two bits a pass
+constexpr int kCandidates = 3;    // two bits a pass
+constexpr int kRoom = 8192;       // keys in shared memory: 32 KB
+constexpr int kGatherShift = 20;  // the first try: sign, exponent and a bit of the mantissa are known then
 using Sum = unsigned long long;
 
 struct Scratch {
   Sum sums[kWarps][kCandidates];
   float maxima[kWarps];
+  int count;
+  uint32_t keys[kRoom];
 };
 
 FASTLM_DEVICE uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+FASTLM_DEVICE float float_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 FASTLM_DEVICE Sum weight_of(float x, float maximum) { return static_cast<Sum>(expf(x - maximum) * kSampleOne); }
 
@@ -53,21 +60,54 @@ FASTLM_DEVICE void block_sum(Sum (&v)[kCandidates], Scratch& scratch) {
   }
 }
 
-// The largest key at which the weights of all keys >= it sum to `target` or more. for_each(f): f(key, weight).
-template <class ForEach>
-FASTLM_DEVICE uint32_t select(const ForEach& for_each, Sum target, Scratch& scratch) {
+// The row's keys from `low` to `high` to scratch.keys, in any order. Returns their number, or -1 where there is no room.
+template <class ForEachKey>
+FASTLM_DEVICE int gather(const ForEachKey& row, uint32_t low, uint32_t high, Scratch& scratch) {
+  if (threadIdx.x == 0) scratch.count = 0;
+  __syncthreads();
+  row([&](uint32_t key) {
+    if (key < low || key > high) return;
+    const int place = atomicAdd(&scratch.count, 1);
+    if (place < kRoom) scratch.keys[place] = key;
+  });
+  __syncthreads();
+  return scratch.count <= kRoom ? scratch.count : -1;
+}
+
+// The largest key at which the weights of all keys >= it sum to `target` or more. row(f): f(key) for each key of the row.
+// weight(key) is 0 below `least`.
+template <class ForEachKey, class Weight>
+FASTLM_DEVICE uint32_t select(const ForEachKey& row, const Weight& weight, uint32_t least, Sum target, Scratch& scratch) {
   uint32_t found = 0;
+  Sum above = 0;      // of the keys too large to be the one, from found + 2^(shift + 2) on; of those too large to be gathered
+  int gathered = -1;  // the number of keys that are gathered
+  const int first_try = least > 0 ? 30 : kGatherShift;
 #pragma unroll 1
   for (int shift = 30; shift >= 0; shift -= 2) {
+    if (gathered < 0 && shift <= first_try && (first_try - shift) % 4 == 0) {
+      gathered = gather(row, found > least ? found : least, found + (4u << shift) - 1, scratch);
+    }
     Sum sums[kCandidates] = {0, 0, 0};
-    for_each([&](uint32_t key, Sum weight) {
+    const auto add = [&](uint32_t key) {
+      const Sum w = weight(key);
 #pragma unroll
-      for (int j = 0; j < kCandidates; j++) sums[j] += key >= found + (uint32_t(j + 1) << shift) ? weight : 0;
-    });
+      for (int j = 0; j < kCandidates; j++) sums[j] += key >= found + (uint32_t(j + 1) << shift) ? w : 0;
+    };
+    if (gathered < 0) {
+      row(add);
+    } else {
+      for (int i = threadIdx.x; i < gathered; i += kThreads) add(scratch.keys[i]);
+    }
     block_sum(sums, scratch);
     uint32_t digit = 0;
+    Sum next = above;
 #pragma unroll
-    for (int j = 0; j < kCandidates; j++) digit += sums[j] >= target ? 1 : 0;
+    for (int j = kCandidates - 1; j >= 0; j--) {
+      const Sum sum = gathered < 0 ? sums[j] : sums[j] + above;
+      if (sum >= target) digit++;
+      else next = sum;
+    }
+    if (gathered < 0) above = next;
     found += digit << shift;
   }
   return found;
@@ -134,7 +174,7 @@ FASTLM_DEVICE void draw(const Sample& p, int64_t row, const T* logits, float max
     scratch.sums[warp][1] = ties;
   }
   __syncthreads();
-  const float x_at_key = __uint_as_float(kept.key & 0x80000000u ? kept.key & 0x7fffffffu : ~kept.key);
+  const float x_at_key = float_of(kept.key);
   const Sum tie_weight = kept.key == 0 || x_at_key < least ? 0 : weight_of(x_at_key, maximum);
   const auto sum_of = [&](int w, Sum before) {  // of a warp's stretch, with so many ties in front of it
     const Sum room = kept.at_key > before ? kept.at_key - before : 0, own = scratch.sums[w][1];
@@ -220,24 +260,23 @@ __global__ void __launch_bounds__(kThreads) sample_rows(const Sample p) {
     return;
   }
 
+  const auto for_each_key = [&](auto f) { for_each_x([&](int64_t, float x) { f(key_of(x)); }); };
   Kept kept{0, ~Sum{0}};
   if (p.top_k > 0 && p.top_k < p.vocabulary) {
-    const auto count = [&](auto f) { for_each_x([&](int64_t, float x) { f(key_of(x), Sum{1}); }); };
-    kept.key = select(count, static_cast<Sum>(p.top_k), scratch);
+    kept.key = select(for_each_key, [](uint32_t) { return Sum{1}; }, 0, static_cast<Sum>(p.top_k), scratch);
   }
   if (p.top_p < 1.0) {
     const uint32_t kth = kept.key;
-    const auto weigh = [&](auto f) {
-      for_each_x([&](int64_t, float x) { f(key_of(x), key_of(x) < kth ? Sum{0} : weight_of(x, maximum)); });
-    };
+    const auto weight_at = [&](uint32_t key) { return key < kth ? Sum{0} : weight_of(float_of(key), maximum); };
     Sum sums[kCandidates] = {0, 0, 0};
-    weigh([&](uint32_t, Sum weight) { sums[0] += weight; });
+    for_each_key([&](uint32_t key) { sums[0] += weight_at(key); });
     block_sum(sums, scratch);
     const double part = ceil(p.top_p * static_cast<double>(sums[0]));
     const Sum wanted = part < 1.0 ? 1 : static_cast<Sum>(part);
-    kept.key = select(weigh, wanted, scratch);
+    kept.key = select(for_each_key, weight_at, kth, wanted, scratch);
     sums[0] = sums[1] = sums[2] = 0;
-    weigh([&](uint32_t key, Sum weight) {
+    for_each_key([&](uint32_t key) {
+      const Sum weight = weight_at(key);
       sums[0] += key > kept.key ? weight : 0;
       sums[1] += key == kept.key ? weight : 0;
       sums[2] += key == kept.key ? 1 : 0;
