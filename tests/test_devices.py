@@ -1,4 +1,5 @@
-"""Tensors on two devices, a current device that is not theirs, a GPU that is too old; none of it needs a GPU."""
+"""Tensors on two devices, a current device that is not theirs, a GPU that is too old, a grid that no GPU takes: by what
+the code asks and answers, without a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from fastlm import ops
 from fastlm.ops import library, native
 from fastlm.ops.case import Case, Maker
+from tests.emulator import backend
 from tests.op_suite import first_cases
 
 
@@ -60,3 +62,37 @@ def test_an_older_gpu_is_refused_with_what_is_needed(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     got = native.cuda_unavailable.__wrapped__()
     assert got is None if reason is None else reason in got
+
+
+TOO_MANY = 2**31
+ATTENTION = (0,) * 6, (*(0,) * 9, 0, 0, 2**24, 2**16, 2**16, 1, 1, 8, -1, -1, 2**16), 1.0, 0.0, 0, 1.0, 2
+DECODE = (0,) * 8, (*(0,) * 6, 0, 2**16, 1, 1, 1, 8, 8, 0, 0, 0, -1), 1.0, 0.0, 2
+GRIDS: dict[str, tuple] = {
+    "layer_norm_forward": (True, *(0,) * 8, TOO_MANY, 65536, 0, 0, 1e-5, False, 0, 0, 0, 0),
+    "attention_forward": (True, 0, 0, *ATTENTION, 0),
+    "attention_backward": (True, (0,) * 7, (0, 0, 0), *ATTENTION, 0, 0),
+    "decode_attention": (True, *DECODE, 0),
+    "embedding_forward": (True, 0, True, 0, 0, TOO_MANY, 8, 8, 8, 0, 0),
+    "rotary": (
+        True,
+        (16, 0, 16, 0, 0, 0, 0),
+        (*(0,) * 6, 1, *(0,) * 7, 1, 0, 0, TOO_MANY, 1, 8, 4),
+        False,
+        False,
+        False,
+        0,
+        0,
+    ),
+    "sample": (True, 0, 0, 0, TOO_MANY, 8, 8, False, 1.0, 0, 1.0, 0.0, 0, 0),
+    "cross_entropy_block_cuda": (0, 0, 0, 0, 0, TOO_MANY, 8, 8, -100, 0.0, 0.0, 0.0, False, 0, 0),
+    "adamw_step_cuda": (0, 1, TOO_MANY, 0.1, 0.9, 0.99, 1e-8, 0.0, 1, 1.0, False, 0, 0),
+    "grad_norm_cuda": (0, 1, TOO_MANY, 0, 1.0, 0, 0),
+}
+
+
+@pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
+@pytest.mark.parametrize("function", GRIDS)
+def test_a_grid_over_the_limits_is_refused_before_anything_is_read(function: str) -> None:
+    """The addresses are null: a kernel that began would crash."""
+    with pytest.raises(ValueError, match=r"2147483647|at most 65535"):
+        getattr(backend.module(), function)(*GRIDS[function])
