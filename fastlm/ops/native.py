@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import registry
+from fastlm.ops import products, registry
 
 try:
     from fastlm import _C as _compiled  # type: ignore[attr-defined]
@@ -18,6 +18,8 @@ try:
 except ImportError as error:  # the source tree without a build, or a build for another Python
     _compiled = None
     IMPORT_ERROR = str(error)
+
+products.fix_order()
 
 C: Any = _compiled  # the module that the kernels are called through
 
