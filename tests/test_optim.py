@@ -424,6 +424,24 @@ def test_the_cuda_step_is_the_cpus_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_the_norm_in_a_cuda_graph() -> None:
+    """The table of addresses is copied again by every replay: it must still be there."""
+    gradients = [torch.randn(n, device="cuda") for n in (5, 9000)]
+    with fastlm.backend("cuda"):
+        ops.grad_norm(gradients, 1.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            norm, _ = ops.grad_norm([g * 1 for g in gradients], 1.0)
+    kept = [torch.full((n,), -1).pin_memory() for n in (2, 18, 32, 64, 512)]  # what it was copied from, were it freed
+    for factor in (2.0, 3.0):
+        for g in gradients:
+            g.mul_(factor)
+        graph.replay()
+        torch.testing.assert_close(norm, torch.cat(gradients).norm())
+    assert all((t == -1).all() for t in kept)
+
+
 def test_a_tensor_as_grad_scale(backend: str) -> None:
     call = {"exp_avgs": [torch.zeros(9)], "exp_avg_sqs": [torch.zeros(9)], "step": 1, "lr": 0.1}
     grads, results = [torch.arange(9.0)], []

@@ -10,7 +10,8 @@ from torch import Tensor
 
 CHUNK = 4096  # elements that a block works on: csrc/optimizer/chunks.h
 KEPT_TABLES = 16  # a step has a table for each group and each norm; the addresses stay the same from step to step
-_tables: OrderedDict[tuple[torch.device, bytes], Tensor] = OrderedDict()
+_tables: OrderedDict[tuple[torch.device, int, bytes], tuple[Tensor, Tensor]] = OrderedDict()
+_captured: list[tuple[Tensor, Tensor]] = []  # every replay of a CUDA graph copies its tables again: they live on
 
 
 def chunks_of(numel: int) -> int:
@@ -18,15 +19,24 @@ def chunks_of(numel: int) -> int:
 
 
 def on_device(table: array, device: torch.device) -> Tensor:
-    """The table of int64 in the device's memory. The copy waits for nothing, and is kept for the next call."""
-    key = (device, table.tobytes())
-    held = _tables.get(key)
-    if held is None:
-        host = torch.tensor(table, dtype=torch.int64)
-        held = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-        _tables[key] = held
+    """The table of int64 in the device's memory. The copy waits for nothing, and is kept for the stream's next call."""
+    if device.type != "cuda":
+        return torch.tensor(table, dtype=torch.int64, device=device)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(_upload(table, device))
+            return _captured[-1][1]
+        key = (device, torch.cuda.current_stream(device).cuda_stream, table.tobytes())
+    if key in _tables:
+        _tables.move_to_end(key)
+    else:
+        _tables[key] = _upload(table, device)
         while len(_tables) > KEPT_TABLES:
             _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
-    return held
+    return _tables[key][1]
+
+
+def _upload(table: array, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table in pinned memory, and its copy on the device."""
+    host = torch.tensor(table, dtype=torch.int64).pin_memory()
+    return host, host.to(device, non_blocking=True)

@@ -39,8 +39,9 @@ def step(
     if isinstance(grad_scale, Tensor):
         scale, grad_scale = grad_scale.float(), 1.0
     with native.on_its_device(first):
+        on_device = multi_tensor.on_device(table, first.device)
         native.C.adamw_step_cuda(
-            multi_tensor.on_device(table, first.device).data_ptr(),
+            on_device.data_ptr(),
             len(rows.rows),
             chunks,
             lr,
