@@ -1,4 +1,7 @@
-"""Layer norm and RMS norm in Triton."""
+"""Layer norm and RMS norm in Triton.
+
+Rows of up to 8,192 stay in registers; the kernels for wider ones go through them in blocks, more than once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from fastlm.ops.triton_support import Config, Example, Kernel, cdiv, multiproces
 from fastlm.ops.triton_support.column_sum import column_sum
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 8192  # a row stays in the registers of one program, in the backward pass with two sums beside it
+IN_REGISTERS = 8192  # the widest row that one program can hold, in the backward pass with two sums beside it
+WIDEST = 2**30  # columns are counted in 32 bits
 
 
 @functools.cache
@@ -21,6 +25,8 @@ def _candidates(arch: str, problem: tuple[int, bool]) -> tuple[Config, ...]:
     """Tiles of at least 1024 elements, eight (16 bytes in half precision) a thread; from 4096 on more warps, as rows
     that span many threads cost more to sum up than to load. The backward pass also carries two sums a column."""
     block, backward = problem
+    if block > IN_REGISTERS:
+        return (Config(BLOCK=2048, ROWS=1, num_warps=8),)
     least = 2048 if backward else 1024
     tile = max(least, block)
     threads = 64 if arch.startswith("gfx") else 32
@@ -37,6 +43,17 @@ def _candidates(arch: str, problem: tuple[int, bool]) -> tuple[Config, ...]:
 
 FORWARD = Kernel("fastlm.ops.layer_norm.triton_kernels:forward", _candidates)
 BACKWARD = Kernel("fastlm.ops.layer_norm.triton_kernels:backward", _candidates)
+
+
+@functools.cache
+def _columns(arch: str, problem: tuple) -> tuple[Config, ...]:
+    # 512 bytes a row in half precision; 16 elements a thread, and two sums of each
+    return (Config(BLOCK=256, ROWS=8, num_warps=4),)
+
+
+FORWARD_WIDE = Kernel("fastlm.ops.layer_norm.triton_wide_kernels:forward_wide", _candidates)
+BACKWARD_WIDE = Kernel("fastlm.ops.layer_norm.triton_wide_kernels:backward_wide", _candidates)
+WEIGHTS_BACKWARD_WIDE = Kernel("fastlm.ops.layer_norm.triton_wide_kernels:weights_backward_wide", _columns)
 
 
 def unsupported(x, weight, bias, residual, eps, rms) -> str | None:
@@ -61,8 +78,9 @@ def forward(
         h = torch.empty_like(residual, memory_format=torch.contiguous_format)
         residual, residual_stride = rows(residual)
     count = statistics[0].numel()
-    config = FORWARD.config(x.device, (next_power_of_2(width), False))
-    FORWARD(
+    kernel = FORWARD if width <= IN_REGISTERS else FORWARD_WIDE
+    config = kernel.config(x.device, (_block(width), False))
+    kernel(
         config,
         (cdiv(count, config["ROWS"]), 1, 1),
         x,
@@ -98,47 +116,65 @@ def backward(
     dweight, dbias = make(width), make(width if has_bias else 0)
     if count == 0:
         return dx, dresidual, dweight, dbias
-    config = BACKWARD.config(dy.device, (next_power_of_2(width), True))
-    # Each program goes through its share of the rows and leaves its sums; two a multiprocessor hide each other's waits.
-    programs = min(cdiv(count, config["ROWS"]), 2 * multiprocessors(dy.device))
-    partial = statistics.new_empty(1 + has_bias, programs, width)
-    dy, dy_stride = rows(dy)
-    h, h_stride = rows(h)
-    dh_stride = 0
-    if dh is not None:
-        dh, dh_stride = rows(dh)
-    BACKWARD(
-        config,
-        (programs, 1, 1),
-        dy,
-        dh,
-        h,
-        weight.contiguous(),
-        None if rms else statistics[0],
-        statistics[-1],
-        dx,
-        dresidual if dresidual.numel() else None,
-        partial[0],
-        partial[1] if has_bias else None,
-        count,
-        width,
-        dy_stride,
-        dh_stride,
-        h_stride,
+    launch = _backward_in_registers if width <= IN_REGISTERS else _backward_wide
+    mean, rstd = None if rms else statistics[0], statistics[-1]
+    partial = launch(
+        rows(dy),
+        (None, 0) if dh is None else rows(dh),
+        rows(h),
+        (weight.contiguous(), mean, rstd),
+        (dx, dresidual if dresidual.numel() else None),
+        has_bias,
     )
     column_sum(partial, dweight, dbias if has_bias else None)
     return dx, dresidual, dweight, dbias
 
 
+def _backward_in_registers(dy_rows, dh_rows, h_rows, given, made, has_bias: bool) -> Tensor:
+    """Each program goes through its share of the rows and leaves the sums of its weights' gradients."""
+    (dy, dy_stride), (dh, dh_stride), (h, h_stride) = dy_rows, dh_rows, h_rows
+    width, count = dy.shape[-1], given[-1].numel()
+    config = BACKWARD.config(dy.device, (_block(width), True))
+    # two programs a multiprocessor hide each other's waits
+    programs = min(cdiv(count, config["ROWS"]), 2 * multiprocessors(dy.device))
+    partial = dy.new_empty(1 + has_bias, programs, width, dtype=torch.float32)
+    sums, strides = (partial[0], partial[1] if has_bias else None), (dy_stride, dh_stride, h_stride)
+    BACKWARD(config, (programs, 1, 1), dy, dh, h, *given, *made, *sums, count, width, *strides)
+    return partial
+
+
+def _backward_wide(dy_rows, dh_rows, h_rows, given, made, has_bias: bool) -> Tensor:
+    """Rows that are read twice, then the weights' gradients down the columns."""
+    (dy, dy_stride), (dh, dh_stride), (h, h_stride) = dy_rows, dh_rows, h_rows
+    width, count = dy.shape[-1], given[-1].numel()
+    config = BACKWARD_WIDE.config(dy.device, (_block(width), True))
+    grid, strides = (cdiv(count, config["ROWS"]), 1, 1), (dy_stride, dh_stride, h_stride)
+    BACKWARD_WIDE(config, grid, dy, dh, h, *given, *made, count, width, *strides)
+    config = WEIGHTS_BACKWARD_WIDE.config(dy.device, ())
+    blocks = cdiv(width, config["BLOCK"])
+    parts = min(cdiv(count, config["ROWS"]), cdiv(8 * multiprocessors(dy.device), blocks))
+    partial = dy.new_empty(1 + has_bias, parts, width, dtype=torch.float32)
+    sums, statistics = (partial[0], partial[1] if has_bias else None), given[1:]
+    WEIGHTS_BACKWARD_WIDE(config, (blocks, parts, 1), dy, h, *statistics, *sums, count, width, dy_stride, h_stride)
+    return partial
+
+
+def _block(width: int) -> int:
+    """What configurations are chosen by: the power of two that holds a row, one for all that no program holds."""
+    return min(next_power_of_2(width), 2 * IN_REGISTERS)
+
+
 def examples(device: torch.device) -> Iterator[Example]:
     """GPT-2's, Llama's and the widest rows; what makes other code: dtypes, a residual (wider or not), bias, RMS."""
-    for width in (64, 768, 1600, 4096, WIDEST):
+    for width in (64, 768, 1600, 4096, IN_REGISTERS):
         yield _example(device, width, torch.float32, torch.float32, True, False)
-    for width in (768, WIDEST):
+    for width in (768, IN_REGISTERS, 65536):
         yield _example(device, width, torch.bfloat16, torch.bfloat16, True, False)
         yield _example(device, width, torch.bfloat16, torch.float32, False, True)
         yield _example(device, width, torch.bfloat16, None, False, True)
+    yield _example(device, 65536, torch.float32, torch.float32, True, False)
     yield _example(device, 777, torch.float16, None, True, False)
+    yield _example(device, 10001, torch.float16, None, True, False)
 
 
 def _example(
