@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -47,6 +48,20 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     for _, kernel, registers, problem, _ in results:
         assert problem is None and 0 < registers <= 512, kernel
     assert {"wgmma.mma_async", "cp.async.bulk.tensor"} <= set(results[1][4])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_record_is_of_these_kernels(arch: str, tmp_path: Path) -> None:
+    """Every kernel is in it, without a spill; the first launch of each is compiled again to what it says."""
+    recorded = json.loads((ROOT / "benchmarks" / "kernels" / "triton.json").read_text())["triton"]
+    installed = importlib.metadata.version("triton")
+    if installed != recorded:
+        pytest.skip(f"the record is of Triton {recorded}, this is {installed}")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "benchmarks.kernels", "triton", "--check", "--arch", arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_op_with_triton_kernels_has_examples_and_configurations() -> None:

@@ -118,8 +118,9 @@ def launched() -> list:
 
 
 def test_a_new_sequence_length_makes_no_new_kernel(launched: list) -> None:
-    """Among lengths that take the same tiles: matrix products have those for up to three numbers of rows. A norm's rstd,
-    which lies behind the means, begins at a multiple of 16 bytes or not: two kernels, however many lengths there are.
+    """Among lengths that take the same tiles: matrix products have those for up to three numbers of rows.
+
+    A norm's rstd, which lies behind the means, begins at a multiple of 16 bytes or not: two kernels at most.
     """
     *calls, _ = launched
     assert len(calls) == 4
