@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-import cuda  # noqa: E402
+import cuda_toolkit  # noqa: E402
 import ninja_file  # noqa: E402
 import toolchain  # noqa: E402
 
@@ -51,7 +51,7 @@ class NinjaBuild(build_ext):
             replace(Path(self.build_lib, file), ROOT / file)
 
     def build_module(self, folder: Path, target: Path) -> None:
-        toolkit, reason = cuda.find_toolkit()
+        toolkit, reason = cuda_toolkit.find_toolkit()
         if toolkit:
             print(f"fastlm: CUDA {toolkit.version} ({toolkit.nvcc}), {' '.join(toolkit.archs)}", flush=True)
         else:

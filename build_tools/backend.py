@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import cuda
+import cuda_toolkit
 import toolchain
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
@@ -10,7 +10,7 @@ from setuptools.build_meta import *  # noqa: F403
 
 def _with_compiler(requirements: list[str]) -> list[str]:
     try:
-        return [*requirements, *cuda.required_wheels()]
+        return [*requirements, *cuda_toolkit.required_wheels()]
     except toolchain.BuildError as error:
         raise SystemExit(f"fastlm: {error}") from None
 

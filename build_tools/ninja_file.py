@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import cuda
+import cuda_toolkit
 import toolchain
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +25,7 @@ def _path(path: Path | str) -> str:
 class NinjaFile:
     """One build folder: objects, the module, and build.ninja."""
 
-    def __init__(self, root: Path, folder: Path, toolkit: cuda.Toolkit | None):
+    def __init__(self, root: Path, folder: Path, toolkit: cuda_toolkit.Toolkit | None):
         self.csrc, self.folder, self.toolkit = root / "csrc", folder, toolkit
         self.module = folder / "_C.so"
         self.lines: list[str] = []
@@ -76,14 +76,14 @@ class NinjaFile:
             return self._python_flags()
         return ["-I", str(self.folder)] if source.name == "build_info.cpp" else []
 
-    def _cuda_objects(self, toolkit: cuda.Toolkit) -> None:
+    def _cuda_objects(self, toolkit: cuda_toolkit.Toolkit) -> None:
         """A file named *_sm90.cu holds code for sm_90a alone and is compiled for nothing else."""
         hopper = [arch for arch in toolkit.archs if arch == "90a"]
         for source in sorted(self.csrc.rglob("*.cu")):
             if "emulator" in source.relative_to(self.csrc).parts:
                 continue
             archs = hopper if source.stem.endswith("_sm90") and hopper else toolkit.archs
-            self._object(source, "nvcc", "", cuda.gencode(archs))
+            self._object(source, "nvcc", "", cuda_toolkit.gencode(archs))
 
     def _python_flags(self) -> list[str]:
         import pybind11

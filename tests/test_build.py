@@ -17,7 +17,7 @@ if not (ROOT / "build_tools").is_dir():
 sys.path.insert(0, str(ROOT / "build_tools"))
 
 import checked_nvcc  # noqa: E402
-import cuda  # noqa: E402
+import cuda_toolkit  # noqa: E402
 import ninja_file  # noqa: E402
 import toolchain  # noqa: E402
 
@@ -33,7 +33,7 @@ def no_nvcc(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(cuda, "driver_version", lambda: None)
+    monkeypatch.setattr(cuda_toolkit, "driver_version", lambda: None)
     return tmp_path
 
 
@@ -47,69 +47,69 @@ def fake_nvcc(folder: Path) -> Path:
 
 class TestWhereCudaIsFound:
     def test_auto_without_nvcc_says_so(self, no_nvcc):
-        assert cuda.find_toolkit() == (None, "no nvcc was found")
-        assert cuda.required_wheels() == []
+        assert cuda_toolkit.find_toolkit() == (None, "no nvcc was found")
+        assert cuda_toolkit.required_wheels() == []
 
     def test_one_without_nvcc_asks_for_the_wheels(self, no_nvcc, monkeypatch):
         monkeypatch.setenv("FASTLM_CUDA", "1")
-        assert cuda.required_wheels() == cuda.COMPILER_WHEELS
+        assert cuda_toolkit.required_wheels() == cuda_toolkit.COMPILER_WHEELS
         with pytest.raises(toolchain.BuildError, match="pip install 'nvidia-cuda-nvcc"):
-            cuda.find_toolkit()
+            cuda_toolkit.find_toolkit()
 
     def test_auto_with_a_driver_asks_for_the_wheels(self, no_nvcc, monkeypatch):
         for version in (0, 13000, 13020):
-            monkeypatch.setattr(cuda, "driver_version", lambda version=version: version)
-            assert cuda.required_wheels() == cuda.COMPILER_WHEELS
+            monkeypatch.setattr(cuda_toolkit, "driver_version", lambda version=version: version)
+            assert cuda_toolkit.required_wheels() == cuda_toolkit.COMPILER_WHEELS
 
     def test_auto_with_an_old_driver_explains(self, no_nvcc, monkeypatch):
-        monkeypatch.setattr(cuda, "driver_version", lambda: 12040)
-        assert cuda.required_wheels() == []
-        toolkit, reason = cuda.find_toolkit()
+        monkeypatch.setattr(cuda_toolkit, "driver_version", lambda: 12040)
+        assert cuda_toolkit.required_wheels() == []
+        toolkit, reason = cuda_toolkit.find_toolkit()
         assert toolkit is None and "CUDA 12.4" in reason and "CUDA_HOME" in reason
 
     def test_zero_asks_for_nothing(self, no_nvcc, monkeypatch):
         monkeypatch.setenv("FASTLM_CUDA", "0")
-        monkeypatch.setattr(cuda, "driver_version", lambda: 13000)
+        monkeypatch.setattr(cuda_toolkit, "driver_version", lambda: 13000)
         fake_nvcc(no_nvcc / "bin")
         monkeypatch.setenv("CUDA_HOME", str(no_nvcc))
-        assert cuda.required_wheels() == []
-        assert cuda.find_toolkit() == (None, "FASTLM_CUDA=0")
+        assert cuda_toolkit.required_wheels() == []
+        assert cuda_toolkit.find_toolkit() == (None, "FASTLM_CUDA=0")
 
     def test_order(self, no_nvcc, monkeypatch):
         wheel = fake_nvcc(no_nvcc / "nvidia" / "cu13" / "bin")
-        assert cuda.find_nvcc() == wheel
+        assert cuda_toolkit.find_nvcc() == wheel
         on_path = fake_nvcc(no_nvcc / "on_path")
         monkeypatch.setenv("PATH", str(on_path.parent))
-        assert cuda.find_nvcc() == on_path
+        assert cuda_toolkit.find_nvcc() == on_path
         home = fake_nvcc(no_nvcc / "home" / "bin")
         monkeypatch.setenv("CUDA_HOME", str(no_nvcc / "home"))
-        assert cuda.find_nvcc() == home
-        assert cuda.required_wheels() == []
+        assert cuda_toolkit.find_nvcc() == home
+        assert cuda_toolkit.required_wheels() == []
 
     def test_broken_nvcc(self, no_nvcc, monkeypatch):
         fake_nvcc(no_nvcc / "bin")
         monkeypatch.setenv("CUDA_HOME", str(no_nvcc))
-        assert "not an nvcc" in cuda.find_toolkit()[1]
+        assert "not an nvcc" in cuda_toolkit.find_toolkit()[1]
         monkeypatch.setenv("FASTLM_CUDA", "1")
         with pytest.raises(toolchain.BuildError, match="not an nvcc"):
-            cuda.find_toolkit()
+            cuda_toolkit.find_toolkit()
 
     def test_bad_settings(self, no_nvcc, monkeypatch):
         monkeypatch.setenv("FASTLM_CUDA", "yes")
         with pytest.raises(toolchain.BuildError, match="'yes'; wanted auto, 1 or 0"):
-            cuda.setting()
+            cuda_toolkit.setting()
         monkeypatch.setenv("FASTLM_CUDA_ARCHS", "80;hopper")
         with pytest.raises(toolchain.BuildError, match="'hopper' is no architecture"):
-            cuda.archs()
+            cuda_toolkit.archs()
 
     def test_architectures(self, no_nvcc, monkeypatch):
-        assert cuda.gencode(cuda.archs()) == [
+        assert cuda_toolkit.gencode(cuda_toolkit.archs()) == [
             "-gencode=arch=compute_80,code=sm_80",
             "-gencode=arch=compute_90a,code=sm_90a",
             "-gencode=arch=compute_90,code=compute_90",
         ]
         monkeypatch.setenv("FASTLM_CUDA_ARCHS", "80;120+PTX")
-        assert cuda.archs() == ["80", "120+PTX"]
+        assert cuda_toolkit.archs() == ["80", "120+PTX"]
 
 
 PTXAS = """\

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastlm.optim.clip import GradNorm, clip_grad_norm
 
+ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 calls it, and not every torch has it (2.6 does not)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # of the optimizer's state, by element of a parameter
 
 
@@ -26,6 +27,9 @@ class Shards(nn.Module):
 
     Args:
         model: whole, with the same weights on every process. What it lists in `blocks` is gathered block by block.
+
+    Raises:
+        ValueError: the model is on a CPU, and this torch shards on GPUs alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +40,11 @@ class Shards(nn.Module):
         # A block returns views; nothing here writes to them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = next(model.parameters()).device
+        if device.type == "cpu" and not ON_CPU:
+            raise ValueError(
+                f"training.parallel = fsdp: torch {torch.__version__} cannot shard a model on a CPU (2.11 can);"
+                " take ddp, or a newer torch"
+            )
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=self._mesh)
