@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
-from benchmarks.kernels import chips, document, objects, sass, work
+from benchmarks.kernels import chips, document, objects, sass, training_step, work
 from benchmarks.kernels.chips import CHIPS
 from benchmarks.kernels.objects import Kernel
 from benchmarks.kernels.work import Recorded, Work
@@ -118,7 +118,9 @@ def goals(chip: chips.Chip, seconds: dict[str, float]) -> str:
     ]
     rows = [(name, f"{goal / 1e12:.0f}", f"{most / 1e12:.0f}", f"{goal / most:.0%}") for name, goal, most in ways]
     header = ("goal", "TFLOP/s wanted", "at most by the prediction", "the goal is of it")
-    return f"\n### {chip.arch}: goals against the predictions\n\n{document.table(header, rows)}"
+    text = f"\n### {chip.arch}: goals against the predictions\n\n{document.table(header, rows)}"
+    steps = document.table(("part", *training_step.WAYS), training_step.rows(chip))
+    return f"{text}\n### {chip.arch}: a training step of GPT-2 124M, B=16, T=1024, bf16, at least, ms\n\n{steps}"
 
 
 def all_kernels(kernels: list[Kernel], names: dict[str, str], threads: dict[str, int]) -> str:
