@@ -100,23 +100,23 @@ void activation_backward(Address pre, Address dhidden, Address dpre, Address hid
 // Addresses: a, b, bias, scale, out, pre, hidden, dbias. Sizes: m, n, k, the strides of a, b and out. Flags: a transposed,
 // b transposed, accumulate. Codes: kind, activation, type, type of out.
 Gemm gemm_call(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
-               const std::array<int64_t, 4>& code, Address workspace, int sms) {
+               const std::array<int64_t, 4>& code, Address workspace, int sms, bool wgmma) {
   if (code[0] < 0 || code[0] > 2) throw std::invalid_argument("epilogue code " + std::to_string(code[0]) + "; wanted 0 to 2");
   const Epilogue epilogue{static_cast<EpilogueKind>(code[0]), activation(code[1]), at<void>(address[2]),
                           at<float>(address[3]), at<void>(address[4]), size[5], dtype(code[3]), flag[2],
                           at<void>(address[5]), at<void>(address[6]), at<void>(address[7])};
   return {{at<void>(address[0]), size[3], flag[0]}, {at<void>(address[1]), size[4], flag[1]}, size[0], size[1], size[2],
-          dtype(code[2]), epilogue, at<float>(workspace), sms};
+          dtype(code[2]), epilogue, at<float>(workspace), sms, wgmma};
 }
 
 int64_t gemm_workspace(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size,
-                       const std::array<bool, 3>& flag, const std::array<int64_t, 4>& code, int sms) {
-  return gemm_workspace_cuda(gemm_call(address, size, flag, code, 0, sms));
+                       const std::array<bool, 3>& flag, const std::array<int64_t, 4>& code, int sms, bool wgmma) {
+  return gemm_workspace_cuda(gemm_call(address, size, flag, code, 0, sms, wgmma));
 }
 
 void gemm(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
-          const std::array<int64_t, 4>& code, Address workspace, int sms, Address stream) {
-  const Gemm p = gemm_call(address, size, flag, code, workspace, sms);
+          const std::array<int64_t, 4>& code, Address workspace, int sms, bool wgmma, Address stream) {
+  const Gemm p = gemm_call(address, size, flag, code, workspace, sms, wgmma);
   py::gil_scoped_release release;
   gemm_cuda(p, at<void>(stream));
 }

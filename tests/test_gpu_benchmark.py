@@ -51,6 +51,15 @@ def test_roofline_is_the_nearer_limit() -> None:
     assert chips.roofline(chips.H100, 1.0, 989.4e12)[0] > 1.5  # mma.sync does not reach wgmma's rate
 
 
+def test_wgmma_reaches_the_full_rate_where_shared_memory_lets_it() -> None:
+    assert chips.roofline(chips.H100, 1.0, 989.4e12, wgmma=True) == (1.0, "matrix products")
+    assert chips.wgmma_shared_limit(192) == chips.wgmma_shared_limit(64) == 1.0
+    assert chips.wgmma_shared_limit(32) == pytest.approx(2 / 3)
+    text = code("HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", "@P0 BRA 0x0", "EXIT")
+    loop = sass.main_loop(sass.functions(text)["kernel"])
+    assert loop is not None and loop.wgmma_columns == 192
+
+
 def test_other_instructions_keep_the_tensor_cores_idle() -> None:
     assert chips.issue_limit(chips.H100, 10, 100) == 0.4
     assert chips.issue_limit(chips.A100, 10, 40) == 1.0
@@ -135,7 +144,8 @@ def test_the_representative_work_is_of_the_size_that_it_says() -> None:
     forward = work.attention()[0]
     assert forward.flops == 4 * 2 * 16 * 8192**2 * 128 / 2  # two products, the visible half
     assert forward.bytes == 2 * 16 * 8192 * (4 * 128 * 2 + 4)  # q, k, v, the output, and lse
-    assert len({w.kernel for w in work.all_work()}) == len(work.all_work())
+    for arch in chips.CHIPS:
+        assert len({w.kernel for w in work.all_work(arch)}) == len(work.all_work(arch))
 
 
 # Rates

@@ -83,17 +83,33 @@ def shared_limit(chip: Chip, products: int, wavefronts: int) -> float:
     return min(1.0, products * chip.mma_cycles / (SCHEDULERS * wavefronts)) if wavefronts else 1.0
 
 
+def wgmma_shared_limit(columns: int) -> float:
+    """`shared_limit` of a loop of wgmma 64 x columns x 16, both operands 16-bit and in shared memory: each takes
+    columns / 2 cycles of a multiprocessor, and reads 32 bytes of each of 64 rows and of the columns."""
+    return min(1.0, columns / 2 / ((64 + columns) * 32 / 128))
+
+
 def roofline(
-    chip: Chip, bytes_moved: float, flops: float, tf32: bool = False, busy: float = 1.0, shared: float = 1.0
+    chip: Chip,
+    bytes_moved: float,
+    flops: float,
+    tf32: bool = False,
+    busy: float = 1.0,
+    shared: float = 1.0,
+    wgmma: bool = False,
 ) -> tuple[float, str]:
-    """Seconds that a kernel of mma.sync needs at least, and which limit it is.
+    """Seconds that a kernel needs at least, and which limit it is.
 
     Args:
+        wgmma: its products are not by mma.sync.
         busy: the most that its tensor cores can be busy, from `issue_limit`.
         shared: the same from `shared_limit`.
     """
     reached, limit = min(
-        (chip.mma_sync, "matrix products"), (busy, "issued instructions"), (shared, "shared memory"), key=lambda x: x[0]
+        (1.0 if wgmma else chip.mma_sync, "matrix products"),
+        (busy, "issued instructions"),
+        (shared, "shared memory"),
+        key=lambda x: x[0],
     )
     by_memory = bytes_moved / chip.bandwidth
     by_tensor = flops / (reached * (chip.tf32_flops if tf32 else chip.tensor_flops))

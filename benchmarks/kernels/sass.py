@@ -10,9 +10,10 @@ from pathlib import Path
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", re.MULTILINE)
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x16\b")
 # Groups that the table names. Everything else is "other": addresses, predicates, conversions, barriers.
 GROUPS = {
-    "tensor core": ("HMMA", "HGMMA", "WARPGROUP"),
+    "tensor core": ("HMMA", "HGMMA"),
     "LDSM": ("LDSM",),
     "LDGSTS": ("LDGSTS", "UTMALDG"),
     "global": ("LDG", "STG", "LD", "ST"),
@@ -31,11 +32,13 @@ class Loop:
             so it is more than one pass executes.
         wavefronts: how often the body reads or writes shared memory for one warp, 128 bytes at most each, where no two
             lanes want the same bank.
+        wgmma_columns: of wgmma 64 x columns x 16, where the products are by it; else 0.
     """
 
     counts: dict[str, int]
     aside: dict[str, int]
     wavefronts: int = 0
+    wgmma_columns: int = 0
 
     @property
     def length(self) -> int:
@@ -90,7 +93,7 @@ def main_loop(instructions: list[tuple[int, str]]) -> Loop | None:
     for first, last in found:
         counts = _counts(instructions, first, last)
         tensor = sum(counts[op] for op in GROUPS["tensor core"])
-        moved = sum(counts[op] for op in ("LDG", "LDGSTS", "LD", "STG"))
+        moved = 0 if tensor else sum(counts[op] for op in ("LDG", "LDGSTS", "LD", "STG"))
         key = (tensor, moved, -sum(counts.values()))
         if best is None or key > best[0]:
             aside: Counter[str] = Counter()
@@ -98,7 +101,8 @@ def main_loop(instructions: list[tuple[int, str]]) -> Loop | None:
                 if low < first <= high < last:
                     aside = max(aside, _counts(instructions, low, first - 1), key=lambda c: sum(c.values()))
             shared = sum(wavefronts(text) for at, text in instructions if first <= at <= last)
-            best = key, Loop(dict(counts), dict(aside), shared)
+            columns = [int(n[1]) for at, t in instructions if first <= at <= last and (n := WGMMA.search(t))]
+            best = key, Loop(dict(counts), dict(aside), shared, max(columns, default=0))
     return best[1] if best else None
 
 

@@ -49,12 +49,22 @@ def attention() -> list[Work]:
     ]
 
 
-def matrix_products() -> list[Work]:
+def fused_product() -> Work:
+    """A product with bias and GELU, which writes the pre-activation too, on Hopper."""
+    m, n, k = 16384, 3072, 768
+    moved = 2.0 * (m * k + n * k + 2 * m * n)
+    shape = f"{m} x {k} by {k} x {n}, bias, GELU"
+    return Work("gemm_kernel_sm90<bf16, 128, false, false, (EpilogueKind)1>", shape, moved, 2.0 * m * n * k, "wgmma")
+
+
+def matrix_products(arch: str) -> list[Work]:
     m, n, k = 16384, 3072, 768
     shape, elements, flops = f"{m} x {k} by {k} x {n}", m * k + n * k + m * n, 2.0 * m * n * k
+    hopper = Work("gemm_kernel_sm90<bf16, 192, false, false, (EpilogueKind)0>", shape, 2.0 * elements, flops, "wgmma")
     return [
         Work("gemm_kernel<bf16, 128, false, false, true>", shape, 2.0 * elements, flops, "linear bf16"),
         Work("gemm_kernel<f32, 64, false, false, true>", shape, 4.0 * elements, 3 * flops, "linear f32", tf32=True),
+        *([hopper, fused_product()] if arch == "sm_90a" else []),
     ]
 
 
@@ -73,8 +83,9 @@ def by_memory() -> list[Work]:
     ]
 
 
-def all_work() -> list[Work]:
-    return [*attention(), *matrix_products(), *by_memory()]
+def all_work(arch: str) -> list[Work]:
+    """What the kernels of an architecture are measured by."""
+    return [*attention(), *matrix_products(arch), *by_memory()]
 
 
 def recorded() -> dict[str, Recorded]:
@@ -108,12 +119,20 @@ def recorded() -> dict[str, Recorded]:
                 leaf(256, 256, dtype=dtype), leaf(256, 256, dtype=dtype), leaf(256, dtype=dtype), activation="gelu"
             )
 
+    def on_hopper(call: Callable[[], None]) -> Recorded:
+        backend.HOPPER = True
+        try:
+            return launches_of(call)
+        finally:
+            backend.HOPPER = False
+
     with fastlm.backend("emulator"):
         return {
             "attention": launches_of(attention),
             "layer_norm": launches_of(layer_norm),
             "linear bf16": launches_of(lambda: linear(torch.bfloat16)),
             "linear f32": launches_of(lambda: linear(torch.float32)),
+            "wgmma": on_hopper(lambda: linear(torch.bfloat16)),
         }
 
 

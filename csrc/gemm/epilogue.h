@@ -19,7 +19,7 @@ struct EpilogueTask {
   float* column_sums;  // (tiles of rows, columns of pre); null: not wanted
 };
 
-inline int64_t pre_columns(const EpilogueTask& t) { return t.gated ? 2 * t.cols : t.cols; }
+FASTLM_DEVICE int64_t pre_columns(const EpilogueTask& t) { return t.gated ? 2 * t.cols : t.cols; }
 
 // Eight elements at p + i; elements from `count` on read as zero, and are not written.
 template <class T>
@@ -178,19 +178,23 @@ FASTLM_DEVICE void store_column_sums(const EpilogueTask& task, int64_t tile, int
 
 constexpr int kColumnSumsBytes = 2 * kGemmThreads * kVector * static_cast<int>(sizeof(float));
 
-// A tile of `rows` rows and `width` columns (a multiple of eight; 128 / width threads share a row) of the whole product.
-// load(r, c, v, up) gives c's eight columns from c on, of row r of the tile, and those of the second half of pre where a
-// gated activation is to be made. `tile`: its number among the tiles of rows. `scratch`: kColumnSumsBytes of shared
-// memory, which may be what load reads.
-template <class T, bool kActivations, class Load>
-FASTLM_DEVICE void finish_tile(const EpilogueTask& task, int64_t tile, int64_t row0, int rows, int64_t col0, int width,
-                               Load load, float* scratch) {
-  const int vectors = width / kVector, step = kGemmThreads / vectors;
-  const int c = threadIdx.x % vectors * kVector;
+// A thread's part of some rows: eight columns from `column` on of the rows `first`, first + step and so on below `end`.
+struct Share {
+  int column, first, step, end;
+};
+
+// Row row0 + r and column col0 + c of the product are r and c of the share. load(r, c, v, up) gives c's eight columns from c
+// on, of row r, and those of the second half of pre where a gated activation is to be made. Added to `sums`: the columns of
+// dpre, of each half. kWhole: the caller knows that there are no other than whole vectors.
+template <class T, bool kActivations, bool kWhole, class Load>
+FASTLM_DEVICE void finish_rows(const EpilogueTask& task, const Share& share, int64_t row0, int64_t col0, Load load,
+                               float (&sums)[2][kVector]) {
+  const int c = share.column, step = share.step;
   const int64_t col = col0 + c;
-  const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kVector}, task.cols - col)));
-  const int end = count == 0 ? 0 : static_cast<int>(min(int64_t{rows}, task.m - row0));
-  int r = threadIdx.x / vectors;
+  const int present = static_cast<int>(max(int64_t{0}, min(int64_t{kVector}, task.cols - col)));
+  const int count = kWhole ? kVector : present;
+  const int end = present == 0 ? 0 : static_cast<int>(min(int64_t{share.end}, task.m - row0));
+  int r = share.first;
   float v[kVector], up[kVector];
   if (!kActivations || task.e.kind == EpilogueKind::store) {
 #pragma unroll 1
@@ -209,7 +213,6 @@ FASTLM_DEVICE void finish_tile(const EpilogueTask& task, int64_t tile, int64_t r
       }
       return;
     }
-    float sums[2][kVector] = {};
     PreActivation<T> next = {};
     if (r < end) next = load_pre<T>(task, row0 + r, col, count);
 #pragma unroll 1
@@ -219,10 +222,21 @@ FASTLM_DEVICE void finish_tile(const EpilogueTask& task, int64_t tile, int64_t r
       load(r, c, v, up);
       finish_activate_backward<T>(task, row0 + r, col, count, pre, v, sums);
     }
-    if (task.column_sums == nullptr) return;
-    __syncthreads();
-    store_column_sums(task, tile, col0, width, sums, scratch);
   }
+}
+
+// A tile of `width` columns (a multiple of eight) by a block of kGemmThreads. `tile`: its number among the tiles of rows.
+// `scratch`: kColumnSumsBytes of shared memory, which may be what load reads.
+template <class T, bool kActivations, class Load>
+FASTLM_DEVICE void finish_tile(const EpilogueTask& task, int64_t tile, int64_t row0, int rows, int64_t col0, int width,
+                               Load load, float* scratch) {
+  float sums[2][kVector] = {};
+  const int vectors = width / kVector, thread = threadIdx.x;
+  const Share share{thread % vectors * kVector, thread / vectors, kGemmThreads / vectors, rows};
+  finish_rows<T, kActivations, false>(task, share, row0, col0, load, sums);
+  if (!kActivations || task.column_sums == nullptr) return;
+  __syncthreads();
+  store_column_sums(task, tile, col0, width, sums, scratch);
 }
 
 }  // namespace fastlm::cuda

@@ -1,6 +1,6 @@
 // The GEMM's host side: checks, plan, workspace, launches; and the sum of the bias gradient's parts.
 #include "common/error.h"
-#include "gemm/gemm_kernel.h"
+#include "gemm/gemm_kernel_sm90.h"
 
 namespace fastlm {
 namespace cuda {
@@ -8,6 +8,8 @@ namespace cuda {
 FASTLM_GEMM_TYPE(extern, __nv_bfloat16)
 FASTLM_GEMM_TYPE(extern, __half)
 FASTLM_GEMM_TYPE(extern, float)
+FASTLM_WGMMA_TYPE(extern, __nv_bfloat16)
+FASTLM_WGMMA_TYPE(extern, __half)
 
 namespace {
 
@@ -60,13 +62,19 @@ EpilogueTask epilogue_task(const Epilogue& e, int64_t m, int64_t cols, DType typ
   return {e, m, cols, gated, epilogue_aligned(e, cols, type), nullptr};
 }
 
+int64_t columns_of(const Gemm& p) { return is_gated_product(p.epilogue) ? p.n / 2 : p.n; }
+
 GemmPlan plan_of(const Gemm& p) {
-  const int64_t half = is_gated_product(p.epilogue) ? p.n / 2 : p.n;
-  return plan_gemm(p, operand_aligned(p.a, 0, p.type) && operand_aligned(p.b, half == p.n ? 0 : half, p.type));
+  const int64_t cols = columns_of(p);
+  const bool aligned = operand_aligned(p.a, 0, p.type) && operand_aligned(p.b, cols == p.n ? 0 : cols, p.type);
+  return plan_gemm(p, aligned, cols % kVector == 0 && epilogue_aligned(p.epilogue, cols, p.type));
 }
 
-// The parts of dbias: one a tile of rows, of the GEMM or, where k is split, of the kernel that finishes it.
-int64_t column_parts(const GemmPlan& plan, int64_t m) { return plan.splits > 1 ? ceil_div(m, kFinishSize) : plan.tiles_m; }
+// The parts of dbias: one a tile of rows, or a strip of one, of the GEMM or, where k is split, of the kernel that finishes it.
+int64_t column_parts(const GemmPlan& plan, int64_t m) {
+  if (plan.splits > 1) return ceil_div(m, kFinishSize);
+  return plan.wgmma ? plan.tiles_m * kWgmmaStrips : plan.tiles_m;
+}
 
 int64_t partials_size(const GemmPlan& plan, const Gemm& p) { return plan.splits > 1 ? plan.splits * p.m * p.n : 0; }
 
@@ -87,10 +95,10 @@ void check_gemm(const Gemm& p) {
 int64_t gemm_workspace_cuda(const Gemm& p) {
   using namespace cuda;
   check_gemm(p);
-  // Addresses decide about the plan, and are not known yet: room for either.
+  // Addresses decide about the plan, and are not known yet: room for any.
   int64_t most = 0;
-  for (const bool aligned : {false, true}) {
-    const GemmPlan plan = plan_gemm(p, aligned);
+  for (const auto [aligned, whole] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
+    const GemmPlan plan = plan_gemm(p, aligned, whole);
     const int64_t pre_cols = is_gated(p.epilogue.activation) ? 2 * p.n : p.n;
     const int64_t columns = p.epilogue.kind == EpilogueKind::activate_backward ? column_parts(plan, p.m) * pre_cols : 0;
     most = std::max(most, partials_size(plan, p) + columns);
@@ -103,7 +111,7 @@ void gemm_cuda(const Gemm& p, void* stream) {
   check_gemm(p);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const Epilogue& e = p.epilogue;
-  const int64_t cols = is_gated_product(e) ? p.n / 2 : p.n;
+  const int64_t cols = columns_of(p);
   const GemmPlan plan = plan_of(p);
   EpilogueTask task = epilogue_task(e, p.m, cols, p.type);
   float* columns = p.workspace + partials_size(plan, p);
@@ -112,8 +120,12 @@ void gemm_cuda(const Gemm& p, void* stream) {
     GemmTask product{p.a, p.b, p.m, p.n, p.k, plan.tiles_m, plan.tiles_n, plan.split_k, nullptr, task};
     if (plan.splits > 1) product.partials = p.workspace;
     with_type(p.type, [&](auto t) {
-      run_gemm<decltype(t)>(product, plan, cuda_stream);
-      if (plan.splits > 1) run_finish<decltype(t)>(task, {p.workspace, plan.splits, p.n, nullptr}, cuda_stream);
+      using T = decltype(t);
+      if constexpr (sizeof(T) == 2) {
+        if (plan.wgmma) run_wgmma<T>(product, plan, p.sms, cuda_stream);
+      }
+      if (!plan.wgmma) run_gemm<T>(product, plan, cuda_stream);
+      if (plan.splits > 1) run_finish<T>(task, {p.workspace, plan.splits, p.n, nullptr}, cuda_stream);
     });
   }
   if (e.dbias != nullptr && p.n > 0) {

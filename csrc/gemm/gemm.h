@@ -5,7 +5,7 @@
 // as a linear layer has it. Its backward pass is made of the same product: dx = dy @ w is dy @ (w.T).T, and
 // dw = dy.T @ x is (dy.T) @ (x.T).T; a transposed view costs nothing (Matrix::transposed).
 //
-// Sums are taken in float32, in an order that depends on the sizes and on `sms` alone. float32 operands are split into two
+// Sums are taken in float32, in an order that depends on the sizes, the layout and the device alone. float32 operands are split into two
 // tf32 values each, and three products of them are added (3xTF32): errors as those of float32 arithmetic. An infinite
 // float32 element makes NaN of what it is multiplied into.
 #pragma once
@@ -49,6 +49,7 @@ struct Gemm {
   Epilogue epilogue;
   float* workspace;     // gemm_workspace_cuda floats
   int sms;              // multiprocessors of the device
+  bool wgmma;           // the device runs code for sm_90a, and it is compiled in
 };
 
 int64_t gemm_workspace_cuda(const Gemm& p);  // looks at no pointer

@@ -17,20 +17,34 @@ struct GemmTask {
 };
 
 // Neighbouring blocks work on kGroup rows of tiles, column by column: what they read together stays in the L2 cache.
-constexpr int64_t kGroup = 8;
+constexpr int kGroup = 8;
 
-FASTLM_DEVICE longlong2 tile_of_block(const GemmTask& p) {
-  const int64_t in_group = kGroup * p.tiles_n;
-  const int64_t first = blockIdx.x / in_group * kGroup;
-  const int64_t rows = min(p.tiles_m - first, kGroup), i = blockIdx.x % in_group;
-  return {first + i % rows, i / rows};
+// The row and the column of tile number i.
+template <class Int, class Pair>
+FASTLM_DEVICE Pair tile_at(Int i, Int tiles_m, Int tiles_n) {
+  const Int in_group = kGroup * tiles_n, first = i / in_group * kGroup;
+  const Int rows = min(tiles_m - first, Int{kGroup});
+  return {first + i % in_group % rows, i % in_group / rows};
+}
+
+// A partial product of one split of k as an epilogue: it is stored in float32 where the finishing kernel finds it.
+FASTLM_DEVICE EpilogueTask partial_task(const GemmTask& p, int64_t split) {
+  EpilogueTask r{};
+  r.e.kind = EpilogueKind::store;
+  r.e.out = p.partials + split * p.m * p.n;
+  r.e.out_stride = p.n;
+  r.e.out_type = DType::f32;
+  r.m = p.m;
+  r.cols = p.epilogue.cols;
+  r.vectors = p.n % 4 == 0 && r.cols % 4 == 0;
+  return r;
 }
 
 template <class T, int kSize, bool kTransposedA, bool kTransposedB, bool kAligned>
 __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const GemmTask p) {
   using Loop = MainLoop<T, kSize, kSize, kTransposedA, kTransposedB, kAligned>;
   FASTLM_SHARED_DYNAMIC(shared, 128);
-  const longlong2 tile = tile_of_block(p);
+  const longlong2 tile = tile_at<int64_t, longlong2>(blockIdx.x, p.tiles_m, p.tiles_n);
   // A tile of a gated pre-activation is half gate, half what that multiplies, of the same columns of the result.
   const bool halves = p.epilogue.gated && p.epilogue.e.kind == EpilogueKind::activate;
   const int width = halves ? kSize / 2 : kSize;
@@ -56,18 +70,13 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const GemmTask p)
     finish_tile<T, !kTransposedA>(p.epilogue, tile.x, row0, kSize, col0, width, load, staging);
     return;
   }
-  EpilogueTask partial{};
-  partial.e.kind = EpilogueKind::store;
-  partial.e.out = p.partials + blockIdx.y * p.m * p.n;
-  partial.e.out_stride = p.n;
-  partial.e.out_type = DType::f32;
-  partial.m = p.m;
-  partial.cols = p.epilogue.cols;
-  partial.vectors = p.n % 4 == 0 && partial.cols % 4 == 0;
+  EpilogueTask partial = partial_task(p, blockIdx.y);
   finish_tile<T, false>(partial, tile.x, row0, kSize, col0, width, load, staging);
   if (halves) {
     partial.e.out = static_cast<float*>(partial.e.out) + partial.cols;
-    auto second = [&](int r, int col, float (&v)[kVector], float (&up)[kVector]) { load(r, col + width, v, up); };
+    auto second = [&](int r, int col, float (&v)[kVector], float (&)[kVector]) {
+      to_floats(load_vector(staging + r * Loop::kRowFloats + width + col), v);
+    };
     finish_tile<T, false>(partial, tile.x, row0, kSize, col0, width, second, staging);
   }
 }
@@ -123,7 +132,7 @@ template <class T, bool kTransposedA, bool kTransposedB>
 void launch_gemm(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
   if (!plan.aligned) return launch_gemm<T, 64, kTransposedA, kTransposedB, false>(task, plan, stream);
   if constexpr (sizeof(T) == 2) {
-    if (plan.size == 128) return launch_gemm<T, 128, kTransposedA, kTransposedB, true>(task, plan, stream);
+    if (plan.rows == 128) return launch_gemm<T, 128, kTransposedA, kTransposedB, true>(task, plan, stream);
   }
   launch_gemm<T, 64, kTransposedA, kTransposedB, true>(task, plan, stream);
 }

@@ -85,10 +85,10 @@ def _run(
         [left.transposed, right.transposed, accumulate],
         [kind, activation, DTYPE_CODE[a.dtype], DTYPE_CODE[out.dtype]],
     )
-    sms = native.multiprocessors(a.device.index) if a.is_cuda else 0
-    size = native.C.gemm_workspace(*call, sms)
+    device = native.gemm_device(a.device.index) if a.is_cuda else (0, False)
+    size = native.C.gemm_workspace(*call, *device)
     workspace = a.new_empty(size, dtype=torch.float32) if size else None
-    native.C.gemm(*call, pointer(workspace), sms, native.stream(a))
+    native.C.gemm(*call, pointer(workspace), *device, native.stream(a))
     return out
 
 

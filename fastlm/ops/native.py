@@ -79,6 +79,13 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@functools.cache
+def gemm_device(index: int) -> tuple[int, bool]:
+    """The GPU's multiprocessors, and whether the GEMM of wgmma is there: compute capability 9.0, built for sm_90a."""
+    hopper = torch.cuda.get_device_capability(index) == (9, 0)
+    return multiprocessors(index), hopper and "90a" in C.build_info()["cuda_archs"]
+
+
 def rows(t: Tensor) -> tuple[Tensor, int]:
     """The tensor and the distance between its rows, in elements: rows are contiguous and equally far apart.
 

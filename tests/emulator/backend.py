@@ -28,6 +28,7 @@ from fastlm.ops.sample import native as sample
 from tests.emulator import build
 
 NAME = "emulator"
+HOPPER = False  # whether the device is taken for one of compute capability 9.0: products by wgmma
 MULTIPROCESSORS = 2  # of the emulated device: few, so that small tests have several turns of a persistent kernel
 
 
@@ -83,12 +84,12 @@ class Compiled:
         module().embedding_backward(True, *arguments)
 
     def gemm_workspace(self, *arguments: Any) -> int:
-        *arguments, _sms = arguments
-        return module().gemm_workspace(*arguments, MULTIPROCESSORS)
+        *arguments, _sms, _wgmma = arguments
+        return module().gemm_workspace(*arguments, MULTIPROCESSORS, HOPPER)
 
     def gemm(self, *arguments: Any) -> None:
-        *arguments, _sms, stream = arguments
-        module().gemm(*arguments, MULTIPROCESSORS, stream)
+        *arguments, _sms, _wgmma, stream = arguments
+        module().gemm(*arguments, MULTIPROCESSORS, HOPPER, stream)
 
     def activation_backward_workspace_cuda(self, rows: int, cols: int) -> int:
         return module().activation_backward_workspace_cuda(rows, cols)

@@ -18,8 +18,14 @@
 // The caller's file and line, an argument of every emulated instruction. The device build has no such argument.
 #define FASTLM_SITE
 #define FASTLM_AND_SITE
+// Defined where code for sm_90a is compiled: kernels of wgmma and setmaxnreg have a body there alone.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FASTLM_SM90A
+#endif
 
 #else
+
+#define FASTLM_SM90A
 
 #define FASTLM_DEVICE inline
 #define FASTLM_SITE ::fastlm::emulator::Site site = ::fastlm::emulator::Site::here()

@@ -49,6 +49,15 @@ FASTLM_DEVICE void mbarrier_arrive_cluster(uint32_t mbarrier FASTLM_AND_SITE) {
 #endif
 }
 
+// The same without publishing anything: for "I have read it". A release to the cluster waits for the thread's writes.
+FASTLM_DEVICE void mbarrier_arrive_cluster_relaxed(uint32_t mbarrier FASTLM_AND_SITE) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+#else
+  emulator::mbarrier_arrive(mbarrier, 1, site);
+#endif
+}
+
 // Arrives, and makes the phase wait for this many bytes more.
 FASTLM_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes FASTLM_AND_SITE) {
 #ifdef __CUDACC__

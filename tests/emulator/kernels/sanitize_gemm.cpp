@@ -16,7 +16,8 @@ struct Layout {
 };
 
 // a (m, k) @ b (n, k).T with an epilogue on the whole result; `n` counts both halves of a gated pre-activation.
-void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, EpilogueKind kind, Activation activation, int sms) {
+void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, EpilogueKind kind, Activation activation, int sms,
+             bool wgmma = false) {
   const int64_t size = size_of(type), wide = kind == EpilogueKind::activate_backward && is_gated(activation) ? 2 * n : n;
   const int s = layout.shift;
   Buffer a(m * k * size, s), b(n * k * size, s), bias(n * size, s), out(m * wide * size, s), pre(m * wide * size, s);
@@ -25,7 +26,7 @@ void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, Epilogu
   Epilogue e{kind, activation, backward ? nullptr : bias.data, stores ? scale.floats() : nullptr, out.data, n, type, false,
              stores ? nullptr : pre.data, backward ? hidden.data : nullptr, backward ? dbias.data : nullptr};
   Gemm p{{a.data, layout.transposed_a ? m : k, layout.transposed_a}, {b.data, layout.transposed_b ? n : k, layout.transposed_b},
-         m, n, k, type, e, nullptr, sms};
+         m, n, k, type, e, nullptr, sms, wgmma};
   Buffer workspace(4 * gemm_workspace_cuda(p));
   p.workspace = workspace.floats();
   gemm_cuda(p, nullptr);
@@ -34,7 +35,7 @@ void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, Epilogu
 void accumulate(int64_t m, int64_t n, int64_t k, DType type) {
   Buffer a(m * k * size_of(type)), b(n * k * size_of(type)), out(4 * m * n);
   const Epilogue e{EpilogueKind::store, Activation::relu, nullptr, nullptr, out.data, n, DType::f32, true, nullptr, nullptr, nullptr};
-  gemm_cuda({{a.data, m, true}, {b.data, n, true}, m, n, k, type, e, nullptr, 1}, nullptr);
+  gemm_cuda({{a.data, m, true}, {b.data, n, true}, m, n, k, type, e, nullptr, 1, false}, nullptr);
 }
 
 void activation_backward(int64_t rows, int64_t cols, DType type, Activation activation) {
@@ -66,6 +67,7 @@ int main(int arguments, char**) {
     product(33, 35, 37, bf16, {false, true, 2}, backward, Activation::geglu, 1);
     product(24, 40, 40, f32, both, store, Activation::relu, 1);
     cross_entropy(3, 300, bf16);
+    product(256, 128, 72, bf16, rows, activate, Activation::swiglu, 2, true);
     if (arguments > 1) {
       product(136, 144, 72, bf16, rows, activate, Activation::swiglu, 1);
       product(136, 136, 72, f16, columns, backward, Activation::gelu, 1);
@@ -74,6 +76,12 @@ int main(int arguments, char**) {
       product(70, 65, 33, f32, {false, false, 4}, activate, Activation::silu, 1);
       product(65, 33, 530, f32, columns, backward, Activation::swiglu, 64);
       product(1, 1, 1, f16, {true, true, 2}, store, Activation::relu, 1);
+      for (const Layout layout : {rows, columns, both}) product(264, 392, 456, bf16, layout, store, Activation::relu, 2, true);
+      product(264, 136, 72, f16, columns, activate, Activation::gelu, 2, true);
+      product(520, 136, 72, bf16, columns, backward, Activation::geglu, 4, true);
+      product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 2, true);
+      product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 16, false);  // k is split
+      product(130, 384, 8264, bf16, rows, activate, Activation::swiglu, 16, true);  // by wgmma
       accumulate(72, 67, 41, bf16);
       activation_backward(70, 70, f16, Activation::swiglu);
       cross_entropy(4, 5001, f32);

@@ -1,0 +1,5 @@
+#include "gemm/gemm_kernel_sm90.h"
+
+namespace fastlm::cuda {
+FASTLM_WGMMA_TYPE(, __nv_bfloat16)
+}  // namespace fastlm::cuda

@@ -1,0 +1,129 @@
+"""The GEMM for Hopper (csrc/gemm/gemm_kernel_sm90.h), on the emulator or on a GPU of compute capability 9.0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm.ops import gemm, native
+from fastlm.ops.mlp.cases import _mlp
+from fastlm.ops.mlp.reference import ACTIVATIONS
+from tests.emulator import backend as emulator
+from tests.op_suite import check, check_case
+from tests.test_gemm import matrix, textbook
+
+THREADS = 384  # of its blocks; no other product has so many
+
+
+def sixteen_bit(test: Callable) -> Callable:
+    return pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])(test)
+
+
+@pytest.fixture(params=["emulator", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    on_emulator = request.param == "emulator"
+    reason = emulator.unavailable() if on_emulator else native.cuda_unavailable()
+    if reason is None and not on_emulator and not native.gemm_device(0)[1]:
+        reason = "the GPU is not of compute capability 9.0, or fastlm was built without sm_90a"
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(emulator, "HOPPER", True)
+    with emulator.emulated() if on_emulator else nullcontext():
+        yield "cpu" if on_emulator else "cuda"
+
+
+@contextmanager
+def products(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """After it: for each launch of a product inside whether it was this kernel's. On a GPU nothing counts launches."""
+    by_wgmma: list[bool] = []
+    path = tmp_path / "counts"
+    with monkeypatch.context() as patch:
+        patch.setenv("FASTLM_EMULATOR_COUNTS", str(path))
+        yield by_wgmma
+    if device == "cpu":
+        by_wgmma += [json.loads(line)["threads"] == THREADS for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
+@pytest.mark.parametrize("sms", [2, 5])
+@pytest.mark.parametrize("layouts", [("rows", "rows"), ("rows", "columns"), ("columns", "columns")], ids="-".join)
+@pytest.mark.parametrize("size", [(256, 192, 64), (264, 392, 72), (520, 400, 136), (384, 256, 712)], ids=str)
+@sixteen_bit
+def test_layouts_and_sizes(
+    device: str,
+    dtype: torch.dtype,
+    size: tuple,
+    layouts: tuple,
+    sms: int,
+    schedule: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m, n, k = size
+    monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
+    monkeypatch.setenv("FASTLM_EMULATOR_SCHEDULE", schedule)
+    a = matrix(m, k, layouts[0], dtype, device, 1)
+    b = matrix(n, k, layouts[1], dtype, device, 2)
+    out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
+    with products(device, tmp_path, monkeypatch) as by_wgmma:
+        gemm.product(a, b, out)
+    check("c", out, a.double() @ b.double().T, textbook(a, b), dtype)
+    assert by_wgmma == [True] * len(by_wgmma)
+
+
+@pytest.mark.parametrize("n", [136, 384])
+@sixteen_bit
+def test_split_k(device: str, dtype: torch.dtype, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = matrix(130, 8192 + 72, "rows", dtype, device, 1), matrix(n, 8192 + 72, "rows", dtype, device, 2)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    results = []
+    for sms in (2, 16, 16):
+        monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
+        with products(device, tmp_path, monkeypatch) as by_wgmma:
+            results.append(gemm.product(a, b, torch.empty(130, n, dtype=dtype, device=device), bias=bias))
+        assert device == "cuda" or by_wgmma[-2:] == ([False, True] if sms == 2 else [True, False])[-len(by_wgmma) :]
+    for out in results:
+        check("c", out, a.double() @ b.double().T + bias.double(), torch.nn.functional.linear(a, b, bias), dtype)
+    assert torch.equal(results[1], results[2])
+
+
+def test_adds_to_a_float32_matrix_with_a_scale(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (matrix(136, 136, "columns", torch.bfloat16, device, seed) for seed in (1, 2))
+    out, scale = torch.ones(136, 200, device=device), torch.tensor(0.25, device=device)
+    with products(device, tmp_path, monkeypatch) as by_wgmma:
+        gemm.product(a, b, out[:, :136], scale=scale, accumulate=True)
+    wanted = 1 + 0.25 * (a.double() @ b.double().T)
+    torch.testing.assert_close(out[:, :136].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (out[:, 136:] == 1).all()
+    assert by_wgmma == [True] * len(by_wgmma)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@sixteen_bit
+def test_the_mlp(
+    device: str, dtype: torch.dtype, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epilogue, forward and backward, with rows and columns that no tile divides."""
+    case = _mlp(activation, (264, 136), 144, activation=activation)
+    with products(device, tmp_path, monkeypatch) as by_wgmma:
+        check_case("emulator" if device == "cpu" else "cuda", case, dtype)
+    assert device == "cuda" or by_wgmma.count(True) == 2 * 6  # the products, twice
+
+
+def test_what_tma_cannot_read_is_left_to_the_other_kernel(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows at odd addresses, equal rows that lie over each other, and a result with odd columns."""
+    b = matrix(136, 72, "rows", torch.bfloat16, device, 2)
+    odd = matrix(136, 72, "odd", torch.bfloat16, device, 1)
+    for a, columns in ((odd, 136), (b[:1].expand(136, 72), 136), (b, 135)):
+        with products(device, tmp_path, monkeypatch) as by_wgmma:
+            out = gemm.product(a, b[:columns], torch.empty(136, columns, dtype=torch.bfloat16, device=device))
+        check("c", out, a.double() @ b[:columns].double().T, textbook(a, b[:columns]), torch.bfloat16)
+        assert not any(by_wgmma)
+        (tmp_path / "counts").unlink(missing_ok=True)
