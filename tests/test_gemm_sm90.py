@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastlm.ops import gemm, native
+from fastlm.ops.linear_cross_entropy.cases import _case as _loss
 from fastlm.ops.mlp.cases import _mlp
 from fastlm.ops.mlp.reference import ACTIVATIONS
 from tests.emulator import backend as emulator
@@ -113,6 +114,14 @@ def test_the_mlp(
     with products(device, tmp_path, monkeypatch) as by_wgmma:
         check_case("emulator" if device == "cpu" else "cuda", case, dtype)
     assert device == "cuda" or by_wgmma.count(True) == 2 * 6  # the products, twice
+
+
+def test_the_loss_of_a_language_model(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, dx with its scale, and dweight, which is added up in float32."""
+    case = _loss("", (264, 136), 392)
+    with products(device, tmp_path, monkeypatch) as by_wgmma:
+        check_case("emulator" if device == "cpu" else "cuda", case, torch.bfloat16)
+    assert device == "cuda" or by_wgmma.count(True) == 2 * 3  # the products, twice
 
 
 def test_what_tma_cannot_read_is_left_to_the_other_kernel(
