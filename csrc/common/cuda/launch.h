@@ -73,7 +73,11 @@ void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Ar
   }
   if (error != cudaSuccess) {
     cudaGetLastError();  // taken: nobody else is to find it later
-    throw_launch_error(name, l, cudaGetErrorString(error));
+    std::string text = cudaGetErrorString(error);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+      text += ": fastlm was built for compute capability 8.0 and newer, or for what FASTLM_CUDA_ARCHS said";
+    }
+    throw_launch_error(name, l, text);
   }
 #else
   try {
