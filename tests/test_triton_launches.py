@@ -29,7 +29,7 @@ META = torch.device("meta")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compares with tensors on the CPU")
-@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp", "linear_cross_entropy", "lstm"])
 def test_compiles_as_one_graph(op: str) -> None:
     torch._dynamo.reset()
     arguments = next(case for case in first_cases() if case.op == op).build(Maker())
@@ -71,8 +71,13 @@ def test_the_guard_refuses_waiting() -> None:
 # In a process of its own: where kernels are interpreted, they have no signature.
 KEYS = """
 import json, torch
+from fastlm.ops.attention import triton as attention
+from fastlm.ops.embedding import triton as embedding
 from fastlm.ops.layer_norm import triton as layer_norm
+from fastlm.ops.linear_cross_entropy import triton as loss
+from fastlm.ops.lstm import triton as lstm
 from fastlm.ops.mlp import triton as mlp
+from fastlm.ops.rotary import triton as rotary
 from fastlm.ops.triton_support import ahead
 from fastlm.ops.triton_support.kernel import Example
 from fastlm.ops.triton_support.target import pretend
@@ -90,8 +95,44 @@ def block(length):
     y, pre = mlp.mlp_forward(x, fc, None, proj, None, "gelu_tanh", True)
     mlp.mlp_backward(y, x, fc, proj, pre, "gelu_tanh", [True, True, False, True, False])
 
+def wide_norm(length):
+    x, weight = make(1, length, 16384), make(16384)
+    y, _, statistics = layer_norm.forward(x, weight, None, None, 1e-5, False)
+    layer_norm.backward(y, None, x, weight, statistics, False, False)
+
+def attend(length):
+    q, k = make(2, length, 8, 64), make(2, length, 2, 64)
+    options = (None, None, None, True, 0.125, -1, 0, 0.0, 0.0, length)
+    out, lse = attention.forward(q, k, k, *options)
+    attention.backward(out, None, q, k, k, out, lse, *options)
+
+def packed(length):
+    q, ends = make(1, length, 8, 64), make(4).to(torch.int32)
+    options = (None, ends, None, True, 0.125, -1, 0, 0.0, 0.0, length)
+    out, lse = attention.forward(q, q, q, *options)
+    attention.backward(out, None, q, q, q, out, lse, *options)
+
+def turn(length):
+    q, angles = make(2, length, 8, 64), make(length, 32).float()
+    rotary.backward(*rotary.forward(q, q, angles, angles, None, False, False), angles, angles, None, False)
+
+def embed(length):
+    ids, weight = make(2, length).to(torch.int64), make(1000, 768)
+    embedding.backward(embedding.forward(ids, weight), ids, 1000, -1)
+
+def head(length):
+    x, weight, targets = make(4 * length, 768), make(1000, 768), make(4 * length).to(torch.int64)
+    options = (-100, 0.0, 0.0, 0.0, [True, True])
+    loss.forward(x, weight, targets, "mean", *options)
+
+def recur(length):
+    length = min(length, 64 + length % 64)
+    gates, state, weight = make(32, length, 1024), make(32, 256), make(1024, 256)
+    y, cells, activations = lstm.forward(gates, state, state, weight)
+    lstm.backward(y, None, state, state, weight, y, cells, activations)
+
 for arch in ("sm_80", "sm_90"):
-    for call in (norm, block):
+    for call in (norm, wide_norm, attend, packed, turn, embed, head, recur, block):
         kernels = []
         with pretend(arch):
             for length in (1000, 1024, 1111, 1536, 2047, 2**21 + 1):
@@ -118,15 +159,12 @@ def launched() -> list:
 
 
 def test_a_new_sequence_length_makes_no_new_kernel(launched: list) -> None:
-    """Among lengths that take the same tiles: matrix products have those for up to three numbers of rows.
-
-    A norm's rstd, which lies behind the means, begins at a multiple of 16 bytes or not: two kernels at most.
-    """
+    """Among lengths that take the same tiles: matrix products have those for up to three numbers of rows."""
     *calls, _ = launched
-    assert len(calls) == 4
+    assert len(calls) == 2 * 9
     for arch, call, kernels in calls:
         assert kernels[0], (arch, call)
-        assert len(set(map(tuple, kernels))) <= (2 if call == "norm" else 1), (arch, call)
+        assert len(set(map(tuple, kernels))) == 1, (arch, call)
 
 
 def test_strides_take_64_bits(launched: list) -> None:
@@ -136,16 +174,17 @@ def test_strides_take_64_bits(launched: list) -> None:
     assert not {name: kind for name, kind in strides.items() if kind != "i64"}
 
 
-def test_auto_without_the_extension_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU machine without compiled CUDA kernels: Triton where it has a kernel, else plain PyTorch, and both said."""
+def test_auto_without_the_extension_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU machine without compiled CUDA kernels."""
     reason = "fastlm was built without CUDA kernels"
     missing = {"cuda": lambda: reason, "triton": lambda: None}
     for name, available in missing.items():
         monkeypatch.setitem(registry._availability, name, available)
         monkeypatch.setitem(registry._DEVICE_TYPE, name, "cuda")
     x, weight = torch.ones(2, 8), torch.ones(8, 8)
-    norm = registry.explain_call("layer_norm", "cuda", (x, weight[0], None, None, 1e-5, False))
-    assert norm.chosen == "triton" and norm.reasons["cuda"] == reason
-    linear = registry.explain_call("linear", "cuda", (x, weight, None))
-    assert linear.chosen == "reference" == registry.choose("linear", "cuda", (x, weight, None))
-    assert "no triton kernel for linear" in str(linear) and reason in str(linear)
+    for op, call in (("layer_norm", (x, weight[0], None, None, 1e-5, False)), ("linear", (x, weight, None))):
+        explanation = registry.explain_call(op, "cuda", call)
+        assert explanation.chosen == "triton" == registry.choose(op, "cuda", call)
+        assert explanation.reasons["cuda"] == reason and reason in str(explanation)
+    wide = registry.explain_call("linear", "cuda", (x.double(), weight.double(), None))
+    assert wide.chosen == "reference" and "got torch.float64" in str(wide)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops.triton_support import Config, Example, Kernel, cdiv
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, cdiv
 
 
 @functools.cache

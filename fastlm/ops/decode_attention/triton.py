@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.ops.decode_attention.reference import capacity_of
 from fastlm.ops.triton_support import (
+    FLOATS,
     INTERPRETED,
     Config,
     Example,
@@ -21,7 +22,6 @@ from fastlm.ops.triton_support import (
     next_power_of_2,
 )
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST, WIDEST_FLOAT32 = 256, 128  # head dim
 LONGEST = 2**30  # tokens: sums of two positions stay in 32 bits
 BLOCK_R = 16  # rows that share keys and values, worked on together: what a matrix instruction takes at least

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.native import rows
-from fastlm.ops.triton_support import Config, Example, Kernel, cdiv, multiprocessors, next_power_of_2
+from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, cdiv, multiprocessors, next_power_of_2
 from fastlm.ops.triton_support.column_sum import column_sum
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IN_REGISTERS = 8192  # the widest row that one program can hold, in the backward pass with two sums beside it
 WIDEST = 2**30  # columns are counted in 32 bits
 

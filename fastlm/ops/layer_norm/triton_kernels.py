@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def forward(
     x,  # (rows, width), rows x_stride apart
     residual,  # (rows, width) or None
@@ -47,7 +47,7 @@ def forward(
     tl.store(y + row[:, None] * width + column[None, :], result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def backward(
     dy,  # (rows, width), rows dy_stride apart
     dh,  # (rows, width) or None: the gradient that reaches h from elsewhere

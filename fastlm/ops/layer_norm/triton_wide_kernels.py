@@ -19,7 +19,7 @@ def _row(x, residual, h, x_place, residual_place, inside):
     return value
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def forward_wide(
     x,  # (rows, width), rows x_stride apart
     residual,  # (rows, width) or None
@@ -73,7 +73,7 @@ def forward_wide(
         tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def backward_wide(
     dy,  # (rows, width), rows dy_stride apart
     dh,  # (rows, width) or None: the gradient that reaches h from elsewhere
@@ -128,7 +128,7 @@ def backward_wide(
             tl.store(dresidual + place, result.to(dresidual.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def weights_backward_wide(
     dy,  # (rows, width), rows dy_stride apart
     h,  # (rows, width)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.linear import native, reference
+from fastlm.ops.linear import native, reference, triton
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,4 +110,4 @@ _backward = library.define(
     _backward_fake,
 )
 
-registry.register("linear", _prepare, reference=reference, cpu=native, cuda=native)
+registry.register("linear", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)

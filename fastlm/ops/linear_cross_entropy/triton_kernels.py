@@ -96,7 +96,7 @@ def softmax_loss(
                 tl.store(line + start + column, (d * scale).to(logits.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "first"])
 def accumulate(
     a,  # (K, M): the block's gradients of the logits, rows a_stride apart
     b,  # (K, N): the block's rows of x
@@ -107,7 +107,7 @@ def accumulate(
     K: tl.int32,
     a_stride: tl.int64,
     b_stride: tl.int64,
-    FIRST: tl.constexpr,  # total is written, else added to
+    first: tl.int32,  # 1: total is written, 0: added to
     EVEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -126,6 +126,6 @@ def accumulate(
     place = total + m[:, None] * N + n[None, :]
     if divisor is not None:
         result /= tl.load(divisor)
-    if not FIRST:
+    if first == 0:
         result += tl.load(place, mask=inside, other=0.0)
     tl.store(place, result, mask=inside)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.lstm import native, reference
+from fastlm.ops.lstm import native, reference, triton
 
 
 def lstm(gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,4 +126,4 @@ _backward = library.define(
     _backward_fake,
 )
 
-registry.register("lstm", _prepare, reference=reference, cpu=native)
+registry.register("lstm", _prepare, reference=reference, cpu=native, triton=triton)

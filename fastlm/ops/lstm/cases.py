@@ -32,7 +32,8 @@ def _case(
             "gates": gates,
             "h0": make.randn(batch, hidden, scale=0.5),
             "c0": make.randn(batch, hidden),
-            "weight": make.randn(4 * hidden, hidden, scale=scale * hidden**-0.5),
+            # not scaled with the gates: the recurrence would be chaotic, and every rounding grow from step to step
+            "weight": make.randn(4 * hidden, hidden, scale=hidden**-0.5),
         }
 
     return Case("lstm", name, build, eager_lstm, bench, frozenset({"scale"} if scale > 1 else ()))

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED, linear_backward
-from fastlm.ops.triton_support import Config, Example, Kernel, architecture, cdiv, gemm
+from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, architecture, cdiv, gemm
 from fastlm.ops.triton_support.column_sum import column_sum
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache

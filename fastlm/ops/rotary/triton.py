@@ -8,9 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlm.ops.triton_support import Config, Example, Kernel, cdiv, next_power_of_2
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, cdiv, next_power_of_2
 
 
 @functools.cache

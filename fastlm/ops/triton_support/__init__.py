@@ -25,6 +25,8 @@ configuration (`config["ROWS"]`), by name. The rules of the signature, which `Ke
   applied: multiply a stride by a position that was cast with `.to(tl.int64)`.
 - An integer is specialised on whether 16 divides it (which vectorises loads by a stride). What changes from step to
   step (rows, sequence lengths) is named in `@triton.jit(do_not_specialize=[...])`: then it never makes a new kernel.
+- A pointer is specialised on whether it is at a multiple of 16 bytes, unless `do_not_specialize_on_alignment` names it:
+  for parts of a tensor that begin where the sequence length says.
 
 `_candidates(arch, problem)` returns every configuration that may be chosen there, the best guess first: it is the
 shipped table of the architecture and the fallback rule in one place. `arch` is one of `ARCHITECTURES`. Nothing is
@@ -48,11 +50,12 @@ graphs.
 
 from fastlm.ops.triton_support.availability import INTERPRETED, unavailable
 from fastlm.ops.triton_support.kernel import Config, Example, Kernel
-from fastlm.ops.triton_support.sizes import cdiv, dtype_name, next_power_of_2
+from fastlm.ops.triton_support.sizes import FLOATS, cdiv, dtype_name, next_power_of_2
 from fastlm.ops.triton_support.target import ARCHITECTURES, SHARED_BYTES, architecture, multiprocessors
 
 __all__ = [
     "ARCHITECTURES",
+    "FLOATS",
     "INTERPRETED",
     "SHARED_BYTES",
     "Config",

@@ -25,7 +25,7 @@ __all__ = ["Config", "Example", "Kernel"]
 Problem = Hashable  # what the choice of a configuration depends on: a tuple of names and numbers, few of each
 
 # The kinds of parameters, by what of an argument can change the code.
-_POINTER, _DIVISIBLE, _CONSTANT, _FREE = range(4)
+_POINTER, _UNALIGNED, _DIVISIBLE, _CONSTANT, _FREE = range(5)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Kernel:
             if parameter.is_constexpr:
                 kinds.append(_CONSTANT)
             elif not parameter.annotation:
-                kinds.append(_POINTER)
+                kinds.append(_UNALIGNED if parameter.do_not_specialize_on_alignment else _POINTER)
             elif parameter.do_not_specialize or not parameter.annotation.startswith(("i", "u")):
                 kinds.append(_FREE)
             else:
@@ -150,6 +150,8 @@ class Kernel:
                     key.append(a.data_ptr() % 16 == 0)
                 else:
                     key.append(_kind_of_pointer(a))
+            elif kind == _UNALIGNED:
+                key.append(None if a is None else a.dtype)
             elif kind == _DIVISIBLE:
                 key.append(a % 16 == 0)
             elif kind == _CONSTANT:

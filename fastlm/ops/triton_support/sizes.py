@@ -1,4 +1,4 @@
-"""Small arithmetic of launches."""
+"""The dtypes of the kernels, and small arithmetic of launches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FLOATS = tuple(_NAMES)  # the dtypes of the kernels
 
 
 def cdiv(a: int, b: int) -> int:
