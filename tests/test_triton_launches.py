@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ import fastlm
 from fastlm import ops
 from fastlm.ops import registry
 from fastlm.ops.case import Maker
-from fastlm.ops.triton_support import INTERPRETED, ahead
+from fastlm.ops.triton_support import INTERPRETED, Config, Kernel, ahead
+from fastlm.ops.triton_support import kernel as kernel_module
 from fastlm.ops.triton_support.target import pretend
 from tests.conftest import ROOT
 from tests.op_suite import first_cases, run
@@ -172,6 +174,31 @@ def test_strides_take_64_bits(launched: list) -> None:
     strides = launched[-1]
     assert len(strides) > 10
     assert not {name: kind for name, kind in strides.items() if kind != "i64"}
+
+
+def test_a_launch_goes_to_the_current_stream_and_each_device_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"device": 0, "stream": 7}
+    monkeypatch.setattr(kernel_module, "_fast", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now["device"])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: (device, now["stream"]), raising=False)
+    compiled, launched = [], []
+
+    def compile_and_launch(config: Config, grid: tuple, arguments: tuple) -> SimpleNamespace:
+        device = now["device"]
+        compiled.append(device)
+        run = lambda *given: launched.append((device, *given[3:5]))  # noqa: E731
+        return SimpleNamespace(run=run, function=f"code for {device}", packed_metadata=None)
+
+    config = Config(BLOCK=64)
+    kernel = Kernel("fastlm.ops.none:kernel", lambda arch, problem: (config,))
+    monkeypatch.setattr(kernel, "_launch", compile_and_launch)
+    monkeypatch.setitem(kernel.__dict__, "_kinds", [kernel_module._POINTER])
+    x = torch.ones(4)
+    for device, stream in ((0, 7), (0, 7), (0, 8), (1, 9), (1, 9), (0, 7)):
+        now.update(device=device, stream=stream)
+        kernel(config, (1, 1, 1), x)
+    assert compiled == [0, 1]
+    assert launched == [(d, (d, s), f"code for {d}") for d, s in ((0, 7), (0, 8), (1, 9), (0, 7))]
 
 
 def test_auto_without_the_extension_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
