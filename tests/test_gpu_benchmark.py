@@ -15,7 +15,7 @@ from benchmarks.gpu import proof, rates, run, speed
 from benchmarks.gpu.rates import Ceilings, Cost
 from benchmarks.gpu.record import LeftOut, Record
 from benchmarks.gpu.run import Part
-from benchmarks.kernels import chips, objects, sass, work
+from benchmarks.kernels import chips, objects, sass, triton_predictions, work
 from fastlm.bench import steps
 from fastlm.bench.ops import BACKWARD, FORWARD
 from fastlm.ops.case import Case, Maker, all_cases
@@ -115,6 +115,21 @@ def test_what_was_moved_out_of_the_loop_is_counted_beside_it() -> None:
 
 def test_a_kernel_without_a_loop_has_no_main_loop() -> None:
     assert sass.main_loop(sass.functions(code("LDG.E R1, [R2]", "EXIT", "BRA 0x20"))["kernel"]) is None
+
+
+def test_a_pass_of_a_triton_kernel_is_that_of_its_inner_loop() -> None:
+    text = code(
+        *("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], RZ", "MUFU.EX2 R1, R2"),  # 0x00: an outer loop begins
+        *("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR24], R24", "MUFU.EX2 R1, R2"),  # 0x20: the inner one
+        *("HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR24].tnspB, R88", "@P2 BRA 0x80", "@P0 BRA 0x20", "@P1 BRA 0x0"),
+        *("SYNCS.PHASECHK P2, [R1]", "BRA 0x60", "EXIT"),  # 0x80: a wait out of line, which comes back
+    )
+    found = triton_predictions.main_pass(sass.functions(text)["kernel"], 8)
+    # Two warpgroups: 32 / 2 + 128 / 2 cycles each; (64 + 32) rows of 32 bytes from shared memory take 24, not 16.
+    # A scheduler has two warps, each with five instructions, of which a MUFU takes 8 cycles.
+    assert found == triton_predictions.Pass(160.0, 176.0, 16.0)
+    assert found.busy == pytest.approx((160 / 192, 160 / 176))
+    assert triton_predictions.main_pass(sass.functions(code("FADD R1, R2, R3", "BRA 0x0"))["kernel"], 4) is None
 
 
 def test_what_ptxas_reports() -> None:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.kernels import document, record
+from benchmarks.kernels import document, record, triton_predictions
 
 # kernel -> instructions that its code for sm_90 must have, in each configuration with tensor descriptors
 HOPPER = ("wgmma.mma_async", "cp.async.bulk.tensor")
@@ -77,7 +77,7 @@ def _renew(options: argparse.Namespace) -> int:
     complete = not options.op and options.arch == RECORDED
     if complete:
         known.keep(wanted)
-        document.replace_section("triton", report(known.kernels.values(), known.triton))
+        document.replace_section("triton", report(known.kernels.values(), known.triton) + triton_predictions.section())
     print(f"{len(wanted)} kernels, no spills" + (f"; written to {document.PATH.name}" if complete else ""))
     return 0
 

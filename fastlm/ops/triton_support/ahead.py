@@ -151,8 +151,8 @@ def launches(arch: str, ops: Sequence[str] = ()) -> Iterator[Launch]:
                             yield launch
 
 
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile one launch for an architecture. Raises what Triton raises where it cannot be compiled."""
+def binary(launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel of one launch, for an architecture. Raises what Triton raises where it cannot be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import ASTSource, make_backend
@@ -170,14 +170,20 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     bound, specialization, options = binder(*launch.arguments, **given)
     options, signature, constants, attributes = function._pack_args(backend, given, bound, specialization, options)
     source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """Compile one launch for an architecture, and read what it takes."""
+    amd = arch.startswith("gfx")
+    compiled = binary(launch, arch)
     text = compiled.asm["amdgcn" if amd else "ptx"]
     registers, static, spilled = _amd_usage(text) if amd else _nvidia_usage(compiled.asm["cubin"], text)
     return Compiled(
         arch,
         launch.example,
         launch.kernel.label,
-        repr(config),
+        repr(launch.config),
         launch.key,
         launch.source,
         registers,
