@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from fastlm import _C
 from tests.emulator.build import CSRC, ROOT, python_includes
 from tests.native import build
-from tests.native.build import CASES, Variant
+from tests.native.build import ADDRESS, CASES, Variant
 
 pytestmark = [
     pytest.mark.skipif("avx512" not in _C.cpu_isas(), reason="this processor has no AVX-512"),
@@ -37,12 +38,14 @@ def emulated() -> Variant:
 
 
 def test_cases(tmp_path: Path) -> None:
-    """Conversions to the bit, and the numbers of baseline x86-64 but for rounding."""
+    """Conversions to the bit, the numbers of baseline x86-64 but for rounding, and no access outside a buffer."""
     baseline = tuple(build.toolchain.instruction_sets()["baseline"])
     plain = build.program(Variant("plain-baseline", baseline), [*CASES, *build.kernels()])
-    program = build.program(emulated(), [*CASES, *build.kernels()])
+    page = emulated()
+    page = replace(page, name=f"{page.name}-sanitized", flags=(*page.flags, *ADDRESS))
+    program = build.program(page, [*CASES, *build.kernels()])
     build.run([plain, "small", tmp_path / "plain"])
-    build.run([program, "small", tmp_path / "emulated"])
+    build.run([program, "small", tmp_path / "emulated"], ASAN_OPTIONS="detect_leaks=0")
     build.compare(tmp_path / "emulated", tmp_path / "plain")
 
 
@@ -84,12 +87,13 @@ def test_op_suite() -> None:
     assert int(done.stdout) > 40
 
 
-def test_the_instruction_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["linear/skinny.cpp", "attention/forward.cpp", "attention/backward.cpp"])
+def test_the_instructions_are_used(name: str, tmp_path: Path) -> None:
     toolchain = build.toolchain
     flags = [*toolchain.CXX_FLAGS, *toolchain.instruction_sets()["avx512_bf16"], "-O1", "-I", str(CSRC)]
     flags += ["-DFASTLM_ISA=avx512_bf16", "-DFASTLM_ISA_IS_AVX512_BF16"]
-    source = CSRC / "linear" / "skinny.cpp"
+    source = CSRC / name
     assert "avx512_bf16" in toolchain.instruction_sets_of(source)
-    subprocess.run([*toolchain.compiler(), *flags, "-c", source, "-o", tmp_path / "skinny.o"], check=True)
-    listing = subprocess.run(["objdump", "-d", tmp_path / "skinny.o"], capture_output=True, text=True, check=True)
+    subprocess.run([*toolchain.compiler(), *flags, "-c", source, "-o", tmp_path / "kernel.o"], check=True)
+    listing = subprocess.run(["objdump", "-d", tmp_path / "kernel.o"], capture_output=True, text=True, check=True)
     assert "vdpbf16ps" in listing.stdout and "vcvtneps2bf16" in listing.stdout

@@ -11,9 +11,8 @@ import pytest
 
 from fastlm import _C
 from tests.native import build
-from tests.native.build import CASES, HERE, Variant
+from tests.native.build import ADDRESS, CASES, HERE, Variant
 
-ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread", "-O1")
 
 pytestmark = pytest.mark.skipif(shutil.which("objcopy") is None, reason="no objcopy")

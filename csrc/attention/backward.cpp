@@ -10,6 +10,7 @@
 // added in order at the end. How many follows from the shapes alone.
 #include <cstring>
 
+#include "attention/operands.h"
 #include "attention/scores.h"
 #include "common/simd.h"
 
@@ -20,18 +21,21 @@ constexpr int64_t kWantedTasks = 16;
 constexpr int64_t kMostSharedFloats = 64 << 20;  // 256 MB for the sums of all tasks
 
 struct BackwardBuffers {
-  float *q, *q_transposed, *dout, *dout_transposed, *dq, *k, *v, *weights, *dscores, *keep, *slope, *lse, *delta, *dlse;
-  static int64_t floats(int64_t stride) {
-    return 5 * kRows * stride + 2 * kColumns * stride + 4 * kRows * kColumns + 3 * kRows;
-  }
+  float *q, *q_turned, *q_deep, *dout, *dout_turned, *dout_deep, *dq, *k, *v;
+  float *weights, *weights_rounded, *dscores, *dscores_rounded, *dscores_deep, *keep, *slope, *lse, *delta, *dlse;
+  static int64_t floats(int64_t stride) { return 9 * kRows * stride + 7 * kRows * kColumns + 3 * kRows; }
   BackwardBuffers(float* at, int64_t stride) {
     const auto take = [&](int64_t n) {
       float* here = at;
       at += n;
       return here;
     };
-    for (float** rows : {&q, &q_transposed, &dout, &dout_transposed, &dq, &k, &v}) *rows = take(kRows * stride);
-    for (float** block : {&weights, &dscores, &keep, &slope}) *block = take(kRows * kColumns);
+    for (float** rows : {&q, &q_turned, &q_deep, &dout, &dout_turned, &dout_deep, &dq, &k, &v}) {
+      *rows = take(kRows * stride);
+    }
+    for (float** block : {&weights, &weights_rounded, &dscores, &dscores_rounded, &dscores_deep, &keep, &slope}) {
+      *block = take(kRows * kColumns);
+    }
     for (float** row : {&lse, &delta, &dlse}) *row = take(kRows);
   }
 };
@@ -40,15 +44,19 @@ static_assert(kRows == kColumns, "one size serves the rows of q and those of k a
 // lse and delta of the lanes.
 void read_statistics(const AttentionInputs& p, const AttentionGradients& g, const Lanes& lanes,
                      const BackwardBuffers& buffers) {
-  const int64_t stride = padded(p.width);
-  const Strides out_strides{p.rows * p.heads * p.width, p.heads * p.width, p.width};
-  read_lanes(g.out, p.type, out_strides, lanes, p.width, buffers.dq);  // still free
   for (int64_t i = 0; i < lanes.padded; ++i) {
-    const int64_t at = (lanes.batch * p.heads + lanes.head[i]) * p.rows + lanes.row[i];
+    const int64_t row = lanes.row[i], head = lanes.head[i], at = (lanes.batch * p.heads + head) * p.rows + row;
     Vec dot = zero();
-    for (int64_t d = i * stride; d < (i + 1) * stride; d += Vec::size) {
-      dot = fma(load(buffers.dout + d), load(buffers.dq + d), dot);
-    }
+    with_type(p.type, [&](auto t) {
+      using T = decltype(t);
+      if (g.dout == nullptr) return;
+      const T* out = static_cast<const T*>(g.out) + ((lanes.batch * p.rows + row) * p.heads + head) * p.width;
+      const Strides& s = g.dout_strides;
+      const T* dout = static_cast<const T*>(g.dout) + lanes.batch * s.batch + row * s.row + head * s.head;
+      int64_t d = 0;
+      for (; d + Vec::size <= p.width; d += Vec::size) dot = fma(load(dout + d), load(out + d), dot);
+      if (d < p.width) dot = fma(load_n(dout + d, p.width - d), load_n(out + d, p.width - d), dot);
+    });
     // A row with nothing to attend to has scores of -inf: any finite lse makes its weights zero
     buffers.lse[i] = g.lse[at] == -kInfinity ? 0.0f : g.lse[at];
     buffers.dlse[i] = g.dlse == nullptr ? 0.0f : g.dlse[at];
@@ -93,40 +101,47 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
 }
 
 // One block of rows: writes its dq, adds to dk and dv (columns x padded(D) floats) of the head.
+template <class Math>
 void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, const RowBlock& block,
                          const Lanes& lanes, int64_t kv_head, const BackwardBuffers& buffers, float* dk, float* dv) {
   const int64_t stride = padded(p.width), rows = lanes.count;
-  read_lanes(p.q, p.type, p.q_strides, lanes, p.width, buffers.q);
-  transpose_lanes(buffers.q, lanes, p.width, p.scale, buffers.q_transposed);
-  if (g.dout != nullptr) {
-    read_lanes(g.dout, p.type, g.dout_strides, lanes, p.width, buffers.dout);
-  } else {
-    std::fill(buffers.dout, buffers.dout + lanes.padded * stride, 0.0f);
-  }
-  transpose_lanes(buffers.dout, lanes, p.width, 1.0f, buffers.dout_transposed);
+  const auto q = Math::lanes(p.q, p.type, p.q_strides, lanes, p.width, buffers.q);
+  const auto q_turned = Math::turned(q, lanes, p.width, p.scale, buffers.q_turned);
+  const auto q_deep = Math::deep(q, rows, p.width, buffers.q_deep);
+  const auto dout = Math::lanes(g.dout, p.type, g.dout_strides, lanes, p.width, buffers.dout);
+  const auto dout_turned = Math::turned(dout, lanes, p.width, 1.0f, buffers.dout_turned);
+  const auto dout_deep = Math::deep(dout, rows, p.width, buffers.dout_deep);
   read_statistics(p, g, lanes, buffers);
   std::fill(buffers.dq, buffers.dq + rows * stride, 0.0f);
   for (int64_t j0 = block.first_column; j0 < block.end_column; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, block.end_column - j0);
     const bool partial = !sees_all(p, block, j0, columns);
     const Band rows_seen = band_of_rows(p, block, j0), columns_seen = transposed(rows_seen);
-    const View k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, Use::often, buffers.k);
-    const View v = rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, Use::once, buffers.v);
-    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q_transposed, kRows,
+    const auto columns_of = [&](const void* tensor, const Strides& strides, Use use, float* to) {
+      return Math::columns(tensor, p.type, strides, lanes.batch, kv_head, j0, columns, p.width, use, to);
+    };
+    const auto k = columns_of(p.k, p.k_strides, Use::often, buffers.k);
+    const auto v = columns_of(p.v, p.v_strides, Use::once, buffers.v);
+    product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, q_turned.data, q_turned.stride,
                           buffers.weights, kRows, false, columns_seen);
+    Math::scale(columns, lanes.padded, p.scale, buffers.weights);
     finish_scores(p, lanes, j0, columns, partial, buffers.weights, buffers.slope);
     // Where nothing is visible the product may leave dp as it is: zero, since 0 * NaN would be NaN
     if (partial) std::fill(buffers.dscores, buffers.dscores + columns * kRows, 0.0f);
-    product<Layout::rows>(columns, lanes.padded, p.width, v.data, v.stride, buffers.dout_transposed, kRows,
+    product<Layout::rows>(columns, lanes.padded, p.width, v.data, v.stride, dout_turned.data, dout_turned.stride,
                           buffers.dscores, kRows, false, columns_seen);
     if (p.rng_state != nullptr) dropout_factors(p, lanes, j0, columns, buffers.keep);
     differentiate(p, columns, lanes.padded, columns == block.end_column - block.first_column, buffers);
-    product<Layout::rows>(columns, stride, rows, buffers.weights, kRows, buffers.dout, stride, dv + j0 * stride, stride,
-                          true, {}, columns_seen);
-    product<Layout::rows>(columns, stride, rows, buffers.dscores, kRows, buffers.q, stride, dk + j0 * stride, stride,
-                          true, {}, columns_seen);
-    product<Layout::columns>(rows, stride, columns, buffers.dscores, kRows, k.data, k.stride, buffers.dq, stride, true,
-                             {}, rows_seen);
+    const auto weights = Math::rounded(columns, lanes, buffers.weights, buffers.weights_rounded);
+    product<Layout::rows>(columns, stride, rows, weights.data, weights.stride, dout_deep.data, dout_deep.stride,
+                          dv + j0 * stride, stride, true, {}, columns_seen);
+    const auto dscores = Math::rounded(columns, lanes, buffers.dscores, buffers.dscores_rounded);
+    product<Layout::rows>(columns, stride, rows, dscores.data, dscores.stride, q_deep.data, q_deep.stride,
+                          dk + j0 * stride, stride, true, {}, columns_seen);
+    const auto dscores_deep = Math::deep(dscores, columns, lanes.padded, buffers.dscores_deep);
+    const auto k_deep = Math::deep(k, columns, p.width, buffers.k);
+    product<Layout::columns>(rows, stride, columns, dscores_deep.data, dscores_deep.stride, k_deep.data, k_deep.stride,
+                             buffers.dq, stride, true, {}, rows_seen);
   }
   for (int64_t i = 0; i < rows; ++i) {
     write_row(buffers.dq + i * stride, 1.0f, p.width, g.dq, p.type,
@@ -142,9 +157,8 @@ void write_head(const AttentionInputs& p, int64_t place, int64_t begin, int64_t 
   }
 }
 
-}  // namespace
-
-void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g) {
+template <class Math>
+void attention_backward(const AttentionInputs& p, const AttentionGradients& g) {
   const int64_t stride = padded(p.width);
   const std::vector<RowBlock> blocks = row_blocks(p);
   const int64_t count = static_cast<int64_t>(blocks.size()), places = p.batch * p.kv_heads;
@@ -161,7 +175,7 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
     Lanes lanes;
     for (int64_t b = part; b < count; b += parts) {
       set_lanes(p, blocks[b], place / p.kv_heads, place % p.kv_heads, lanes);
-      differentiate_block(p, g, blocks[b], lanes, place % p.kv_heads, BackwardBuffers(buffer, stride), dk, dv);
+      differentiate_block<Math>(p, g, blocks[b], lanes, place % p.kv_heads, BackwardBuffers(buffer, stride), dk, dv);
     }
   };
   if (parts == 1) {
@@ -193,6 +207,15 @@ void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& 
   });
 }
 
+}  // namespace
+
+void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g) {
+#if defined(FASTLM_PAIRS_OF_BF16)
+  if (Pairs::take(p)) return attention_backward<Pairs>(p, g);
+#endif
+  attention_backward<Floats>(p, g);
+}
+
 }  // namespace fastlm::FASTLM_ISA
 
-FASTLM_DISPATCH(attention_backward_cpu, (const AttentionInputs& p, const AttentionGradients& g), (p, g))
+FASTLM_DISPATCH_BF16(attention_backward_cpu, (const AttentionInputs& p, const AttentionGradients& g), (p, g))

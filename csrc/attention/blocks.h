@@ -132,8 +132,9 @@ inline void write_row(const float* from, float factor, int64_t width, void* to, 
   });
 }
 
-struct View {
-  const float* data;
+template <class T>
+struct Matrix {
+  const T* data;
   int64_t stride;
 };
 
@@ -141,8 +142,8 @@ struct View {
 enum class Use { once, often };
 
 // `count` rows of k or v from row `first` on: the tensor's own memory where that will do, else copied to `buffer`.
-inline View rows_of(const void* tensor, DType type, const Strides& strides, int64_t batch, int64_t head, int64_t first,
-                    int64_t count, int64_t width, Use use, float* buffer) {
+inline Matrix<float> rows_of(const void* tensor, DType type, const Strides& strides, int64_t batch, int64_t head,
+                             int64_t first, int64_t count, int64_t width, Use use, float* buffer) {
   const int64_t offset = batch * strides.batch + head * strides.head + first * strides.row;
   if (type == DType::f32 && use == Use::once) return {static_cast<const float*>(tensor) + offset, strides.row};
   const int64_t stride = padded(width);
@@ -150,10 +151,11 @@ inline View rows_of(const void* tensor, DType type, const Strides& strides, int6
   return {buffer, stride};
 }
 
-// The lanes' rows of q or dout, and zeros up to a whole number of vectors of lanes.
+// The lanes' rows of q or dout (null: zeros), and zeros up to a whole number of vectors of lanes.
 inline void read_lanes(const void* tensor, DType type, const Strides& strides, const Lanes& lanes, int64_t width,
                        float* to) {
   const int64_t stride = padded(width);
+  if (tensor == nullptr) return (void)std::fill(to, to + lanes.padded * stride, 0.0f);
   for (int64_t i = 0; i < lanes.count; ++i) {
     const int64_t offset = lanes.batch * strides.batch + lanes.head[i] * strides.head + lanes.row[i] * strides.row;
     read_row(tensor, type, offset, width, to + i * stride);

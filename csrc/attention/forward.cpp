@@ -7,6 +7,7 @@
 // page.
 #include <cmath>
 
+#include "attention/operands.h"
 #include "attention/scores.h"
 #include "common/simd.h"
 
@@ -84,18 +85,17 @@ constexpr int64_t kDotLanes = 4;
 
 // s[j * kRows + lane] = scale k_j . q_lane for a few lanes.
 template <class T>
-void dot_scores(int64_t columns, const T* k, int64_t k_stride, const T* const (&q)[kDotLanes], int64_t lanes,
-                int64_t width, float scale, float* s) {
+void dot_scores(int64_t columns, Matrix<T> k, Matrix<T> q, int64_t lanes, int64_t width, float scale, float* s) {
   using P = Products<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Vec::size) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       Vec sums[Vec::size];
       for (int64_t r = 0; r < Vec::size; ++r) {
-        const T* row = k + std::min(j0 + r, columns - 1) * k_stride;
+        const T *row = k.data + std::min(j0 + r, columns - 1) * k.stride, *lane_row = q.data + lane * q.stride;
         sums[r] = zero();
         int64_t d = 0;
-        for (; d + P::size <= width; d += P::size) sums[r] = P::add(P::load(row + d), P::load(q[lane] + d), sums[r]);
-        if (d < width) sums[r] = P::add(P::load_n(row + d, width - d), P::load_n(q[lane] + d, width - d), sums[r]);
+        for (; d + P::size <= width; d += P::size) sums[r] = P::add(P::load(row + d), P::load(lane_row + d), sums[r]);
+        if (d < width) sums[r] = P::add(P::load_n(row + d, width - d), P::load_n(lane_row + d, width - d), sums[r]);
       }
       transpose(sums);
       for (int64_t step = Vec::size / 2; step > 0; step /= 2) {
@@ -109,18 +109,7 @@ void dot_scores(int64_t columns, const T* k, int64_t k_stride, const T* const (&
   }
 }
 
-// The same where the processor multiplies bf16 numbers: q and k as they lie in memory.
-void dot_scores_in_place(const AttentionInputs& p, const Lanes& lanes, int64_t kv_head, int64_t j0, int64_t columns,
-                         float* s) {
-  const bf16* q[kDotLanes] = {};
-  for (int64_t i = 0; i < lanes.count; ++i) {
-    q[i] = static_cast<const bf16*>(p.q) + lanes.batch * p.q_strides.batch + lanes.row[i] * p.q_strides.row +
-           lanes.head[i] * p.q_strides.head;
-  }
-  const bf16* k = static_cast<const bf16*>(p.k) + lanes.batch * p.k_strides.batch + kv_head * p.k_strides.head;
-  dot_scores(columns, k + j0 * p.k_strides.row, p.k_strides.row, q, lanes.count, p.width, p.scale, s);
-}
-
+template <class Math>
 void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes, int64_t kv_head, int64_t begin,
             int64_t end, const ForwardBuffers& buffers, const Partial& result) {
   const int64_t stride = padded(p.width);
@@ -130,35 +119,30 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
     std::fill(result.out, result.out + lanes.count * stride, 0.0f);
     return;
   }
-  read_lanes(p.q, p.type, p.q_strides, lanes, p.width, result.out);  // the output's place is still free
-  const bool dot = lanes.count <= kDotLanes, in_place = dot && Products<bf16>::pairs && p.type == DType::bf16;
+  const bool dot = lanes.count <= kDotLanes;
+  float* rows = dot ? buffers.q : result.out;  // the output's place is still free
+  const auto q = Math::lanes(p.q, p.type, p.q_strides, lanes, p.width, rows);
+  Matrix<typename Math::Deep> q_turned{};
   if (dot) {
-    for (int64_t d = 0; d < lanes.count * stride; d += Vec::size) {
-      store(buffers.q + d, load(result.out + d) * set1(p.scale));
-    }
     over_block(kColumns, lanes.padded, [&](int64_t j, int64_t i) { store(buffers.scores + j * kRows + i, zero()); });
   } else {
-    transpose_lanes(result.out, lanes, p.width, p.scale, buffers.q);
+    q_turned = Math::turned(q, lanes, p.width, p.scale, buffers.q);
   }
-  const Use use_of_k = dot && p.width != stride ? Use::often : Use::once;
   const Use use_of_v = lanes.count <= kTileRows && p.width == stride ? Use::once : Use::often;
   for (int64_t j0 = begin; j0 < end; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, end - j0);
     const Band band = band_of_rows(p, block, j0);
     float* s = buffers.scores;
-    View k{nullptr, 0};
-    if (!in_place) {
-      k = rows_of(p.k, p.type, p.k_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_k, buffers.k);
-    }
-    if (in_place) {
-      dot_scores_in_place(p, lanes, kv_head, j0, columns, s);
-    } else if (dot) {
-      const float* q[kDotLanes] = {};
-      for (int64_t i = 0; i < lanes.count; ++i) q[i] = buffers.q + i * stride;
-      dot_scores(columns, k.data, k.stride, q, lanes.count, stride, 1.0f, s);  // q has the scale already
+    const auto columns_of = [&](const void* tensor, const Strides& strides, Use use, float* to) {
+      return Math::columns(tensor, p.type, strides, lanes.batch, kv_head, j0, columns, p.width, use, to);
+    };
+    const auto k = columns_of(p.k, p.k_strides, Use::once, buffers.k);
+    if (dot) {
+      dot_scores(columns, k, q, lanes.count, p.width, p.scale, s);
     } else {
-      product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, buffers.q, kRows, s, kRows, false,
-                            transposed(band));
+      product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, q_turned.data, q_turned.stride, s, kRows,
+                            false, transposed(band));
+      Math::scale(columns, lanes.padded, p.scale, s);
     }
     finish_scores(p, lanes, j0, columns, !sees_all(p, block, j0, columns), s, nullptr);
     online_softmax(columns, lanes.padded, s, result.maximum, result.sum, buffers.decay);
@@ -167,9 +151,10 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
       multiply(columns, lanes.padded, buffers.keep, s);
     }
     if (j0 > begin) scale_rows(lanes.count, stride, buffers.decay, result.out);
-    const View v = rows_of(p.v, p.type, p.v_strides, lanes.batch, kv_head, j0, columns, p.width, use_of_v, buffers.v);
-    product<Layout::columns>(lanes.count, stride, columns, s, kRows, v.data, v.stride, result.out, stride, j0 > begin,
-                             {}, band);
+    const auto weights = Math::deep(Matrix<float>{s, kRows}, columns, lanes.padded, buffers.keep);
+    const auto v = Math::deep(columns_of(p.v, p.v_strides, use_of_v, buffers.v), columns, p.width, buffers.v);
+    product<Layout::columns>(lanes.count, stride, columns, weights.data, weights.stride, v.data, v.stride, result.out,
+                             stride, j0 > begin, {}, band);
   }
 }
 
@@ -205,9 +190,8 @@ void combine(const Lanes& lanes, int64_t stride, const Partial& total, const Par
   }
 }
 
-}  // namespace
-
-void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
+template <class Math>
+void attention_forward(const AttentionInputs& p, void* out, float* lse) {
   const int64_t stride = padded(p.width), buffers = ForwardBuffers::floats(stride);
   const std::vector<RowBlock> blocks = row_blocks(p);
   const int64_t count = static_cast<int64_t>(blocks.size()), places = count * p.batch * p.kv_heads;
@@ -227,7 +211,7 @@ void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
       const Partial result(buffer + buffers, lanes_of_all, stride);
       Lanes lanes;
       set_lanes(p, block, task / count / p.kv_heads, head, lanes);
-      attend(p, block, lanes, head, block.first_column, block.end_column, ForwardBuffers(buffer, stride), result);
+      attend<Math>(p, block, lanes, head, block.first_column, block.end_column, ForwardBuffers(buffer, stride), result);
       write_block(p, lanes, result, out, lse);
     });
     return;
@@ -246,7 +230,8 @@ void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
     const int64_t end = std::min(block.end_column, begin + length);
     Lanes lanes;
     set_lanes(p, block, batch_and_block / count, head, lanes);
-    attend(p, block, lanes, head, begin, end, ForwardBuffers(buffer, stride), partial(batch_and_block, part, head));
+    attend<Math>(p, block, lanes, head, begin, end, ForwardBuffers(buffer, stride),
+                 partial(batch_and_block, part, head));
   });
   for_each_task(places, places * parts * lanes_of_all * stride, 0, [&](int64_t task, float*) {
     const int64_t head = task % p.kv_heads, batch_and_block = task / p.kv_heads;
@@ -256,6 +241,15 @@ void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
     for (int64_t part = 1; part < parts; ++part) combine(lanes, stride, total, partial(batch_and_block, part, head));
     write_block(p, lanes, total, out, lse);
   });
+}
+
+}  // namespace
+
+void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse) {
+#if defined(FASTLM_PAIRS_OF_BF16)
+  if (Pairs::take(p)) return attention_forward<Pairs>(p, out, lse);
+#endif
+  attention_forward<Floats>(p, out, lse);
 }
 
 }  // namespace fastlm::FASTLM_ISA

@@ -10,5 +10,8 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+struct Pair {  // of elements that are multiplied together and added
+  bf16 first, second;
+};
 
 }  // namespace fastlm

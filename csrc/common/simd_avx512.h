@@ -97,8 +97,25 @@ struct Products<bf16> {
   static Part load_n(const bf16* p, int64_t n) {
     return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p)};
   }
+  static Part spread(const bf16* p) {  // the two elements at p, over and over
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return {_mm512_set1_epi32(pair)};
+  }
   static Vec add(Part a, Part b, Vec c) { return {add_dot_of_pairs(c.v, a.v, b.v)}; }
 };
+
+// Vec::size pairs of an element of `first` and one of `second` (null: zero), of which those in `n` are read, the others
+// zero. In memory they are bf16, or floats that are rounded (those below 2^-126 to zero).
+inline __m512i wide_bits(const bf16* p, __mmask16 n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(n, p)); }
+inline __m512i wide_bits(const float* p, __mmask16 n) {
+  return _mm512_cvtepu16_epi32(rounded_to_bf16(_mm512_maskz_loadu_ps(n, p)));
+}
+template <class T>
+inline void interleave(const T* first, const T* second, __mmask16 n, Pair* to) {
+  const __m512i high = second == nullptr ? _mm512_setzero_si512() : _mm512_slli_epi32(wide_bits(second, n), 16);
+  _mm512_storeu_si512(to, _mm512_or_si512(wide_bits(first, n), high));
+}
 
 #endif
 

@@ -36,9 +36,31 @@ constexpr int sums_of(int tile_size) {
   return tile_size * 4 <= full ? 4 : tile_size * 2 <= full ? 2 : 1;
 }
 
-template <Layout layout, int R, int V>
-inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda, const float* b, int64_t ldb,
-                 float* c, int64_t ldc, bool accumulate) {
+// A step along the depth.
+template <class B>
+struct Step {
+  static constexpr int64_t depth = 1;
+  static Vec load(const float* b) { return FASTLM_ISA::load(b); }
+  static Vec spread(const float* a) { return set1(*a); }
+  static Vec add(Vec element, Vec row, Vec sum) { return fma(element, row, sum); }
+};
+
+#if defined(FASTLM_PAIRS_OF_BF16)
+template <>
+struct Step<Pair> {
+  using P = Products<bf16>;
+  static constexpr int64_t depth = 2;
+  static P::Part load(const Pair* b) { return P::load(&b->first); }
+  static P::Part spread(const bf16* a) { return P::spread(a); }
+  static P::Part spread(const Pair* a) { return P::spread(&a->first); }
+  static Vec add(P::Part element, P::Part row, Vec sum) { return P::add(element, row, sum); }
+};
+#endif
+
+template <Layout layout, int R, int V, class A, class B>
+inline void tile(int64_t step_begin, int64_t step_end, const A* a, int64_t lda, const B* b, int64_t ldb, float* c,
+                 int64_t ldc, bool accumulate) {
+  using Step = small_product::Step<B>;
   constexpr int S = sums_of(R * V);
   Vec sums[S][R][V];
 #pragma GCC unroll 8
@@ -51,23 +73,23 @@ inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t
     }
   }
   const auto step = [&](int64_t k, Vec(&into)[R][V]) __attribute__((always_inline)) {
-    Vec row[V];
+    decltype(Step::load(b)) row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * Vec::size);
+    for (int v = 0; v < V; ++v) row[v] = Step::load(b + k * ldb + v * Vec::size);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec element = set1(layout == Layout::rows ? a[r * lda + k] : a[k * lda + r]);
+      const auto element = Step::spread(layout == Layout::rows ? a + r * lda + k * Step::depth : a + k * lda + r);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) into[r][v] = fma(element, row[v], into[r][v]);
+      for (int v = 0; v < V; ++v) into[r][v] = Step::add(element, row[v], into[r][v]);
     }
   };
-  int64_t k = depth_begin;
-  for (; k + S <= depth_end; k += S) {
+  int64_t k = step_begin;
+  for (; k + S <= step_end; k += S) {
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) step(k + s, sums[s]);
   }
   if constexpr (S > 1) {
-    for (; k < depth_end; ++k) step(k, sums[0]);
+    for (; k < step_end; ++k) step(k, sums[0]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -81,48 +103,48 @@ inline void tile(int64_t depth_begin, int64_t depth_end, const float* a, int64_t
   }
 }
 
-template <Layout layout, int R, int V = kTileVectors>
-inline void tile_of(int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a, int64_t lda,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+template <Layout layout, int R, int V = kTileVectors, class A, class B>
+inline void tile_of(int64_t vectors, int64_t step_begin, int64_t step_end, const A* a, int64_t lda, const B* b,
+                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (V > 1) {
     if (vectors < V) {
-      return tile_of<layout, R, V - 1>(vectors, depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
+      return tile_of<layout, R, V - 1>(vectors, step_begin, step_end, a, lda, b, ldb, c, ldc, accumulate);
     }
   }
-  tile<layout, R, V>(depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
+  tile<layout, R, V>(step_begin, step_end, a, lda, b, ldb, c, ldc, accumulate);
 }
 
-template <Layout layout, int R = kTileRows>
-inline void tile_of_rows(int64_t rows, int64_t vectors, int64_t depth_begin, int64_t depth_end, const float* a,
-                         int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+template <Layout layout, int R = kTileRows, class A, class B>
+inline void tile_of_rows(int64_t rows, int64_t vectors, int64_t step_begin, int64_t step_end, const A* a, int64_t lda,
+                         const B* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (R > 1) {
     if (rows < R) {
-      return tile_of_rows<layout, R - 1>(rows, vectors, depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
+      return tile_of_rows<layout, R - 1>(rows, vectors, step_begin, step_end, a, lda, b, ldb, c, ldc, accumulate);
     }
   }
-  tile_of<layout, R>(vectors, depth_begin, depth_end, a, lda, b, ldb, c, ldc, accumulate);
+  tile_of<layout, R>(vectors, step_begin, step_end, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 }  // namespace small_product
 
 // C (rows x columns) = A (rows x depth) B (depth x columns), added to C where `accumulate`. `columns` is a multiple of
 // Vec::size. `wanted`: the band of C that is needed; the rest is left as it is or overwritten with anything.
-// `nonzero`: the band of A that is not zero; the rest is not read.
-template <Layout layout>
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
-                    int64_t ldb, float* c, int64_t ldc, bool accumulate, Band wanted = {}, Band nonzero = {}) {
-  constexpr int64_t size = Vec::size;
+// `nonzero`: the band of A that is not zero; the rest need not be read.
+template <Layout layout, class A, class B>
+inline void product(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t lda, const B* b, int64_t ldb,
+                    float* c, int64_t ldc, bool accumulate, Band wanted = {}, Band nonzero = {}) {
+  constexpr int64_t size = Vec::size, step = small_product::Step<B>::depth;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - r), last = r + count - 1;
     const int64_t first_vector = std::max<int64_t>(0, r + wanted.low) / size;
     const int64_t end_vector = (std::clamp<int64_t>(last + wanted.high + 1, 0, columns) + size - 1) / size;
-    const int64_t depth_begin = std::max<int64_t>(0, r + nonzero.low);
-    const int64_t depth_end = std::max(depth_begin, std::min<int64_t>(depth, last + nonzero.high + 1));
-    const float* a_rows = layout == Layout::rows ? a + r * lda : a + r;
+    const int64_t begin = std::max<int64_t>(0, r + nonzero.low) / step;
+    const int64_t end = std::max(begin, (std::min<int64_t>(depth, last + nonzero.high + 1) + step - 1) / step);
+    const A* a_rows = layout == Layout::rows ? a + r * lda : a + r;
     for (int64_t v = first_vector; v < end_vector;) {
       const int64_t left = end_vector - v, tiles = (left + kTileVectors - 1) / kTileVectors;
       const int64_t vectors = (left + tiles - 1) / tiles;  // 5 is 3 + 2 rather than 4 + 1
-      small_product::tile_of_rows<layout>(count, vectors, depth_begin, depth_end, a_rows, lda, b + v * size, ldb,
+      small_product::tile_of_rows<layout>(count, vectors, begin, end, a_rows, lda, b + v * size, ldb,
                                           c + r * ldc + v * size, ldc, accumulate);
       v += vectors;
     }

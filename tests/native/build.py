@@ -26,6 +26,7 @@ import toolchain
 HERE = Path(__file__).resolve().parent
 NO_KERNELS = ["build_info.cpp", "pool.cpp"]
 CASES = [HERE / "cases.cpp", HERE / "simd_cases.cpp"]
+ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 
 
 @dataclass(frozen=True)
