@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,15 +37,16 @@ class Example:
     call: Callable[[], Any]
 
 
-class Recorder:
+class Recorder(ABC):
     """What a test, the compiler or the tuner puts in the way of the launches; see `Kernel.recorder`."""
 
+    @abstractmethod
     def choose(self, kernel: Kernel, problem: Problem, candidates: Sequence[Config]) -> Config:
-        raise NotImplementedError
+        """One of the candidates."""
 
+    @abstractmethod
     def launch(self, kernel: Kernel, config: Config, grid: tuple[int, int, int], arguments: tuple) -> bool:
         """True where the launch is not to happen."""
-        raise NotImplementedError
 
 
 class Kernel:
