@@ -16,7 +16,6 @@
 namespace fastlm::FASTLM_ISA {
 
 struct Floats {
-  using Number = float;
   using Deep = float;
 
   static Matrix<float> lanes(const void* tensor, DType type, const Strides& strides, const Lanes& lanes, int64_t width,
@@ -43,7 +42,6 @@ struct Floats {
 struct Pairs {
   static bool take(const AttentionInputs& p) { return p.type == DType::bf16 && p.width % 2 == 0; }
 
-  using Number = bf16;
   using Deep = Pair;
 
   static Matrix<bf16> lanes(const void* tensor, DType, const Strides& strides, const Lanes& lanes, int64_t width,
