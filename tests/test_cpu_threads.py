@@ -1,7 +1,7 @@
 """What the CPU backend computes has the same bits on 1, 2, 3 and more threads than there are cores.
 
 Large matrix products are the library's (linear, mlp, linear_cross_entropy), which keeps to one order where
-fastlm.ops.products could ask it to. Elsewhere the kernels between the products are tested alone, in test_mlp_cpu.py and
+fastlm.ops.mkl could ask it to. Elsewhere the kernels between the products are tested alone, in test_mlp_cpu.py and
 test_linear_cross_entropy_cpu.py.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastlm
 from fastlm import ops
-from fastlm.ops import native, products
+from fastlm.ops import mkl, native, products
 from fastlm.ops.case import Maker
 from tests.op_suite import first_cases, run
 
@@ -60,14 +60,15 @@ CALLS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
         "targets": torch.arange(512) * 9,
     },
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_THE_LIBRARY = {"linear", "mlp", "linear_act", "linear_cross_entropy"}
 
 
 def skip_without_order(op: str, dtype: torch.dtype = torch.float32) -> None:
-    if op in BY_THE_LIBRARY and dtype != torch.float32:
-        pytest.skip("oneDNN, which multiplies in half precision, cannot be asked for an order")
-    if op in BY_THE_LIBRARY and not products.fix_order():
-        pytest.skip("the library that multiplies here was not asked for an order (fastlm.ops.products)")
+    if op in BY_THE_LIBRARY and dtype != torch.float32 and not products.widens(dtype):
+        pytest.skip("oneDNN, which multiplies in half precision here, cannot be asked for an order")
+    if op in BY_THE_LIBRARY and not mkl.fix_order():
+        pytest.skip("the library that multiplies here was not asked for an order (fastlm.ops.mkl)")
 
 
 def bits(op: str, arguments: dict[str, Any]) -> list[Tensor | None]:
@@ -87,7 +88,7 @@ def check(op: str, arguments: dict[str, Any], threads: Callable[[int], None]) ->
             assert same, f"result {i} on {count} threads is not that of {COUNTS[0]}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("op", CALLS)
 def test_large(op: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     skip_without_order(op, dtype)
@@ -110,7 +111,7 @@ def test_a_step_of_a_model(threads: Callable[[int], None]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), f"{count} threads"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("rows", [2, 16])
 def test_few_rows(rows: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """The product of our own: each row's bits do not depend on the other rows either."""

@@ -18,6 +18,7 @@ from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.encoder_config import EncoderConfig
 from fastlm.nn import MLP, Attention, Embedding, LayerNorm
+from fastlm.nn.linear import linear
 from fastlm.nn.packing import Padding, packed_positions, padding
 
 __all__ = ["Encoder", "EncoderConfig"]
@@ -248,7 +249,7 @@ class MaskedHead(nn.Module):
 
     def logits(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """(…, C) -> (…, V)"""
-        return F.linear(self(hidden), embedding, self.bias)
+        return linear(self(hidden), embedding, self.bias)
 
     def loss(self, hidden: Tensor, targets: Tensor, embedding: Tensor) -> Tensor:
         """Mean cross-entropy over hidden (M, C) and targets (M), the logits never held in full.

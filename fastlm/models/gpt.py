@@ -22,6 +22,7 @@ from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
 from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
 from fastlm.nn.computed import Computed
+from fastlm.nn.linear import linear
 from fastlm.nn.packing import packed_positions
 
 __all__ = ["GPT", "Block", "GPTConfig"]
@@ -164,8 +165,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        on_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-        logits = (ops.linear if on_cpu else F.linear)(hidden, self.head_weight)
+        logits = linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

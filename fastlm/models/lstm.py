@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.linear import linear
 
 MODEL_TYPE = "fastlm-lstm"
 Hidden = tuple[Tensor, Tensor]  # the hidden states and the cells of all layers, each (L, B, H)
@@ -70,7 +71,7 @@ class LSTMLayer(nn.Module):
 
     def forward(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, E), h0 and c0 (B, H) -> the hidden states (B, T, H) and the last cell (B, H)."""
-        gates = F.linear(x, self.weight_ih, self.bias)  # (B, T, 4H): one product for all steps
+        gates = linear(x, self.weight_ih, self.bias)  # (B, T, 4H): one product for all steps
         return ops.lstm(gates, h0.to(gates.dtype), c0.to(gates.dtype), self.weight_hh.to(gates.dtype))
 
 
@@ -162,7 +163,7 @@ class LSTMLM(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """states (..., H) -> logits (..., V)."""
-        return F.linear(states, self.head_weight)
+        return linear(states, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:

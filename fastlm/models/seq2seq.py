@@ -17,6 +17,7 @@ from fastlm import ops
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import Block, _norm
 from fastlm.nn import MLP, Attention, Cache
+from fastlm.nn.linear import Linear, linear
 
 MODEL_TYPE = "fastlm-seq2seq"
 Memory = list[tuple[Tensor, Tensor]]  # for each layer of the decoder the source's keys and values (B, S, H, D)
@@ -29,9 +30,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
-        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.has_bias("qkv"))
-        self.kv = nn.Linear(config.n_embd, 2 * config.n_embd, bias=config.has_bias("qkv"))
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.has_bias("attention"))
+        self.q = Linear(config.n_embd, config.n_embd, bias=config.has_bias("qkv"))
+        self.kv = Linear(config.n_embd, 2 * config.n_embd, bias=config.has_bias("qkv"))
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.has_bias("attention"))
 
     def memory(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source (B, S, C) -> keys and values (B, S, H, D)."""
@@ -159,7 +160,7 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        return F.linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight)
 
     def num_parameters(self, *, non_embedding: bool = False) -> int:
         """How many numbers are learned; `non_embedding`: without the positions."""

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.ops import products
 
 # In training, results up to this size are PyTorch's: the C library keeps memory in such sizes by itself, and a node of
 # autograd in C++ costs a third of one in Python (nanoGPT's small model takes 0.97 of the time).
 _SMALL_RESULT = 4 << 20  # bytes
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; on the CPU `fastlm.ops.linear` where that is more: for the few rows of decoding, for large results, and
+    where the processor has no instructions for the dtype. On a GPU and in a graph of torch.compile it is PyTorch's."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        size = x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if size <= _SMALL_RESULT and not products.widens(dtype):
+            return F.linear(x, weight, bias)
+    return ops.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
-    """On the CPU `fastlm.ops.linear`, where it is more than PyTorch's own: for the few rows of decoding, and for large
-    results. Else, on a GPU, and in a graph that torch.compile makes, PyTorch's own."""
+    """(..., in_features) -> (..., out_features) by `linear`; under autocast in its dtype, else in the input's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); under autocast in its dtype, else in the input's."""
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input)
-        size = input.numel() // self.in_features * self.out_features * input.element_size()
-        if size <= _SMALL_RESULT and torch.is_grad_enabled() and self.weight.requires_grad:
-            return super().forward(input)
-        return ops.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)

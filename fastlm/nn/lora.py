@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastlm.nn.linear import linear
 
 
 class LoRALinear(nn.Linear):
@@ -46,11 +47,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         if self.merged:
             return y
         for name, (begin, end) in self.parts.items():
-            change = F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name])
+            change = linear(linear(x, self.lora_A[name]), self.lora_B[name])
             y.narrow(-1, begin, end - begin).add_(change, alpha=self.scale)
         return y
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import products, registry
+from fastlm.ops import mkl, registry
 
 try:
     from fastlm import _C as _compiled  # type: ignore[attr-defined]
@@ -19,7 +19,7 @@ except ImportError as error:  # the source tree without a build, or a build for 
     _compiled = None
     IMPORT_ERROR = str(error)
 
-products.fix_order()
+mkl.fix_order()
 
 C: Any = _compiled  # the module that the kernels are called through
 

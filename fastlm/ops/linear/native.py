@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import memory, native
+from fastlm.ops import native, products
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.native import DTYPE_CODE, pointer, rows
 
@@ -28,25 +28,24 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         skinny(x, weight, bias, y, count)
         return y
     with autocast_off(x):
-        return product(x.reshape(-1, depth), weight, bias).view(*x.shape[:-1], width)
+        return _product(x.reshape(-1, depth), weight, bias).view(*x.shape[:-1], width)
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     dys, xs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     none = dy.new_empty(0) if not all(needs) else None
     with autocast_off(x):
-        dx = product(dys, weight.t()).view(x.shape) if needs[0] else none
-        dweight = product(dys.t(), xs.t()) if needs[1] else none
+        dx = _product(dys, weight.t()).view(x.shape) if needs[0] else none
+        dweight = _product(dys.t(), xs.t()) if needs[1] else none
         dbias = dys.sum(0) if needs[2] else none
     return dx, dweight, dbias  # type: ignore[return-value]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias by the library; x (N, C), weight (F, C)."""
-    if not x.is_cpu:
-        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    y = memory.empty((x.shape[0], weight.shape[0]), x.dtype)
-    return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+    if x.is_cpu:
+        return products.linear(x, weight, bias)
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, count: int) -> None:

@@ -1,7 +1,8 @@
 """linear_cross_entropy on the CPU: matrix products by PyTorch's library, the loss and the gradient of a block of logits
 by the C++ kernel, in place.
 
-Rows whose target is ignored are left out before the first product.
+Rows whose target is ignored are left out before the first product. The logits have x's dtype; where products of half
+precision are made in float32 (`products.py`), so are the logits, and nothing is rounded on the way to the gradients.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import memory, native
+from fastlm.ops import memory, native, products
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.linear_cross_entropy.reference import block_rows, check_targets
 from fastlm.ops.native import DTYPE_CODE
 
-# In half precision dweight is summed in float32 beside the product, this many bytes of the vocabulary at a time.
+# Where the product is of half precision, dweight is summed in float32 beside it: so many bytes of the vocabulary at a
+# time.
 _SLICE_BYTES = 16 << 20
 
 
@@ -40,7 +42,7 @@ def forward(
     loss, lse = torch.empty(count), torch.empty(count)
     # The mean's 1 / N goes into each row's gradient; in half precision, too narrow for it, to the sums.
     inverse = 1.0 / count if reduction == "mean" and count else 1.0
-    fold = x.dtype == torch.float32
+    fold = work.exact
     work.run(loss, lse, None, (label_smoothing, z_loss, softcap, inverse if fold else 1.0))
     if not fold and inverse != 1.0:
         work.dx.mul_(inverse)
@@ -84,6 +86,9 @@ class _Work:
             self.index = None if counted.all() else counted.nonzero().squeeze(1)
         self.targets = self.gather(flat).contiguous()
         self.rows = self.gather(x.reshape(-1, x.shape[-1]))
+        if products.widens(x.dtype):
+            self.rows = memory.empty(self.rows.shape, torch.float32).copy_(self.rows)
+        self.exact = self.rows.dtype == torch.float32
         self.dx = memory.empty(self.rows.shape if self.needs_dx else (0,), torch.float32)
         self.dweight = memory.empty(weight.shape if self.needs_dweight else (0,), torch.float32)
         if not len(self.targets):
@@ -114,7 +119,8 @@ class _Work:
         with autocast_off(self.rows):
             for start in range(0, count, step):
                 block = slice(start, min(start + step, count))
-                logits = torch.mm(self.rows[block], self.weight.T, out=buffer[: block.stop - start])
+                logits = buffer[: block.stop - start]
+                products.mm(self.rows[block], self.weight.T, logits)
                 native.C.cross_entropy_block(
                     logits.data_ptr(),
                     self.targets[block].data_ptr(),
@@ -129,20 +135,11 @@ class _Work:
                 self._add(block, logits)
 
     def _add(self, block: slice, dlogits: Tensor) -> None:
-        x, first = self.rows[block], block.start == 0
-        exact = dlogits.dtype == torch.float32
-        if self.needs_dx and exact:
-            torch.mm(dlogits, self.weight, out=self.dx[block])
-        elif self.needs_dx:
-            self.dx[block] = dlogits @ self.weight
+        x, later = self.rows[block], block.start > 0
+        if self.needs_dx:
+            products.mm(dlogits, self.weight, self.dx[block])
         if not self.needs_dweight:
             return
-        if exact and first:
-            torch.mm(dlogits.T, x, out=self.dweight)
-        elif exact:
-            self.dweight.addmm_(dlogits.T, x)
-        else:
-            step = max(1, _SLICE_BYTES // max(1, x.shape[1] * x.element_size()))
-            for total, d in zip(self.dweight.split(step), dlogits.split(step, 1), strict=True):
-                product = d.T @ x
-                total.copy_(product) if first else total.add_(product)
+        step = len(self.weight) if self.exact else max(1, _SLICE_BYTES // max(1, x.shape[1] * x.element_size()))
+        for total, d in zip(self.dweight.split(step), dlogits.split(step, 1), strict=True):
+            products.mm(d.T, x, total, accumulate=later)

@@ -7,10 +7,9 @@ bounded size, used again and again.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops import memory, native
+from fastlm.ops import memory, native, products
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from fastlm.ops.native import DTYPE_CODE, pointer
@@ -64,7 +63,7 @@ def mlp_forward(
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
         with autocast_off(x):
             hidden, pre = _small_forward(rows, fc_weight, fc_bias, activation, keep)
-            y = F.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
+            y = products.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
         return y, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     y = memory.empty((*x.shape[:-1], proj_weight.shape[0]), x.dtype)
     flat = y.view(len(rows), y.shape[-1])
@@ -76,10 +75,7 @@ def mlp_forward(
         for block in blocks:
             hidden, out = _part(hiddens, block), _part(flat, block)
             _activate(_part(rows, block), fc_weight, fc_bias, _part(pres, block), hidden, activation)
-            if proj_bias is None:
-                torch.mm(hidden, proj_weight.t(), out=out)
-            else:
-                torch.addmm(proj_bias, hidden, proj_weight.t(), out=out)
+            products.mm(hidden, proj_weight.t(), out, proj_bias)
     return y, pre
 
 
@@ -118,7 +114,7 @@ def mlp_backward(
         for block in blocks:
             dhidden, hidden, dpre = _part(dhiddens, block), _part(hiddens, block), _part(dpres, block)
             dy_part, pre_part = _part(dys, block), _part(pres, block)
-            torch.mm(dy_part, proj_weight, out=dhidden)
+            products.mm(dy_part, proj_weight, dhidden)
             dbias = _activate_backward(pre_part, dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
             dproj_weight.add(dy_part, hidden)
             fc.add(block, dpre, dbias)
@@ -164,10 +160,10 @@ def _small_forward(
 def _activate(rows: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, hidden: Tensor, activation: str) -> None:
     """pre = rows @ weight.T + bias, hidden = act(pre). Autocast must be off."""
     if bias is None or rows.dtype == torch.float32:
-        torch.mm(rows, weight.t(), out=pre)
+        products.mm(rows, weight.t(), pre)
         bias = None if bias is None else bias.contiguous()  # the kernel adds it on its way
     else:  # in half precision before the product is rounded
-        torch.addmm(bias, rows, weight.t(), out=pre)
+        products.mm(rows, weight.t(), pre, bias)
         bias = None
     native.C.activation_forward(
         pre.data_ptr(), pointer(bias), hidden.data_ptr(), *hidden.shape, CODE[activation], DTYPE_CODE[pre.dtype]
@@ -210,13 +206,7 @@ class _Sum:
     def add(self, a: Tensor, b: Tensor) -> None:
         if not self.wanted:
             return
-        if self.total.dtype != a.dtype:
-            product = a.t() @ b
-            self.total.copy_(product) if self.first else self.total.add_(product)
-        elif self.first:
-            torch.mm(a.t(), b, out=self.total)
-        else:
-            self.total.addmm_(a.t(), b)
+        products.mm(a.t(), b, self.total, accumulate=not self.first)
         self.first = False
 
     def result(self) -> Tensor:
@@ -235,7 +225,7 @@ class _LinearGradients:
 
     def add(self, block: slice, dpre: Tensor, dbias: Tensor | None) -> None:
         if self.needs_dx:
-            torch.mm(dpre, self.weight, out=_part(self.dx.view(self.x.shape), block))
+            products.mm(dpre, self.weight, _part(self.dx.view(self.x.shape), block))
         self.dweight.add(dpre, _part(self.x, block))
         if dbias is not None:
             self.dbiases.append(dbias)

@@ -1,0 +1,128 @@
+"""Products of half precision made in float32, on processors without instructions for them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm.nn.linear import linear
+from fastlm.ops import memory, native, products
+
+if native.cpu_unavailable() is not None:
+    pytest.skip(str(native.cpu_unavailable()), allow_module_level=True)
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without such instructions, whatever this one has."""
+    monkeypatch.setattr(products, "widens", lambda dtype: dtype in HALF)
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows") -> Tensor:
+    generator = torch.Generator().manual_seed(rows * columns)
+    values = torch.randn(rows, columns, generator=generator).to(dtype)
+    if layout == "columns":
+        return values.t().contiguous().t()
+    return values if layout == "rows" else torch.stack((values, values), -1)[..., 0]  # "gaps": no side is contiguous
+
+
+@pytest.mark.parametrize("piece", [1 << 10, 16 << 20], ids=["pieces", "whole"])
+@pytest.mark.parametrize("layouts", list(itertools.product(["rows", "columns", "gaps"], repeat=2)), ids="-".join)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_the_product_is_rounded_once(
+    layouts: tuple[str, str], out_dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PIECE_BYTES", piece)
+    a, b = matrix(67, 45, torch.bfloat16, layouts[0]), matrix(45, 83, torch.bfloat16, layouts[1])
+    bias = matrix(1, 83, torch.bfloat16)[0]
+    out = torch.full((67, 83), float("nan"), dtype=out_dtype)
+    products.mm(a, b, out, bias)
+    exact = a.double() @ b.double() + bias.double()
+    sums = 1e-6 * (a.double().abs() @ b.double().abs() + bias.double().abs())  # the order of float32's additions
+    unit = torch.finfo(out_dtype).eps / 2
+    assert ((out.double() - exact).abs() <= sums + unit * (exact.abs() + sums)).all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("piece", [1 << 10, 16 << 20], ids=["pieces", "whole"])
+def test_a_mixed_product_is_added(
+    dtypes: tuple[torch.dtype, torch.dtype], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PIECE_BYTES", piece)
+    a, b, start = matrix(33, 70, dtypes[0]), matrix(70, 41, dtypes[1]), matrix(33, 41, torch.float32)
+    out = start.clone()
+    products.mm(a, b, out, accumulate=True)
+    torch.testing.assert_close(out.double(), start.double() + a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 9, 9), (9, 0, 9), (9, 9, 0)])
+def test_sizes_of_zero(sizes: tuple[int, int, int]) -> None:
+    m, k, n = sizes
+    a, b, bias = torch.zeros(m, k), torch.zeros(k, n, dtype=torch.bfloat16), torch.ones(n, dtype=torch.bfloat16)
+    out = torch.full((m, n), 7.0)
+    products.mm(a, b, out, accumulate=True)
+    assert (out == 7).all()
+    products.mm(a, b, out, bias)
+    assert (out == 1).all()
+    products.mm(a, b, out)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_infinite_and_large_numbers_stay(dtype: torch.dtype) -> None:
+    a, b = torch.eye(16, dtype=dtype), matrix(16, 16, dtype)
+    b[3, 4], b[5, 6], b[7, 8] = float("inf"), torch.finfo(dtype).max, float("nan")
+    out = torch.empty(16, 16, dtype=dtype)
+    products.mm(a[[5]].expand(16, 16), b, out)  # the row with the largest number
+    assert (out[:, 6] == torch.finfo(dtype).max).all()
+    products.mm(a, b, out)
+    assert out[3, 4] == float("inf") and out[:, 8].isnan().all()
+
+
+def test_the_memory_beside_the_operands_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's weights are never in float32 as a whole."""
+    monkeypatch.setattr(products, "PIECE_BYTES", 1 << 20)
+    taken: list[int] = []
+    empty = memory.empty
+
+    def counted(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        t = empty(shape, dtype)
+        taken.append(t.nbytes)
+        return t
+
+    monkeypatch.setattr(memory, "empty", counted)
+    x, weight = matrix(64, 256, torch.bfloat16), matrix(20_000, 256, torch.bfloat16)
+    logits = torch.empty(64, 20_000, dtype=torch.bfloat16)
+    products.mm(x, weight.t(), logits)
+    products.mm(logits, weight, torch.empty(64, 256))
+    products.mm(logits.t(), x, torch.empty(20_000, 256, dtype=torch.bfloat16))
+    assert taken and max(taken) <= 1 << 20
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_layers_in_training_go_this_way(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(products, "_widened", lambda a, b, out, *_: calls.append(tuple(out.shape)))
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x, weight = torch.randn(20, 12, dtype=dtype), torch.randn(14, 12, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", enabled=autocast):
+        y = linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert calls == [(20, 14), (14, 12)]  # the output and the weight's gradient
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_loss_keeps_its_logits_in_float32(dtype: torch.dtype) -> None:
+    x, weight = matrix(40, 32, dtype), matrix(300, 32, dtype)
+    targets = torch.arange(40)
+    with fastlm.backend("cpu"):
+        loss = fastlm.ops.linear_cross_entropy(x, weight, targets)
+    exact = torch.nn.functional.cross_entropy(x.double() @ weight.double().t(), targets)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
