@@ -40,6 +40,7 @@ class Size:
 SIZES = {
     "nano": Size("nano", GPTConfig.preset("nano", block_size=256, bias=True), 12, 64),
     "micro": Size("micro", GPTConfig.preset("micro", bias=True), 4, 256),
+    "char": Size("char", GPTConfig.preset("micro", vocab_size=65, bias=True), 12, 256),
     "gpt2": Size("gpt2", GPTConfig.preset("gpt2", vocab_size=50304), 4, 256),
     "gpt2-long": Size("gpt2-long", GPTConfig.preset("gpt2", vocab_size=50304), 1, 1024),
     "gpt2-medium": Size("gpt2-medium", GPTConfig.preset("gpt2-medium", vocab_size=50304), 4, 256),

@@ -11,7 +11,7 @@ import typer
 def bench(
     ops: Annotated[str, typer.Option(help="Names with commas between, all, or none.")] = "all",
     sizes: Annotated[
-        str, typer.Option(help="Models to train and to generate with: nano, micro, gpt2, gpt2-long, …, or none.")
+        str, typer.Option(help="Models to train and to generate with: nano, micro, char, gpt2, gpt2-long, …, or none.")
     ] = "micro",
     dtype: Annotated[
         str | None, typer.Option(help="float32 (CPU default), bfloat16 (GPU default) or float16.", show_default=False)

@@ -17,15 +17,22 @@ from torch import Tensor
 
 from fastlm.ops import memory, native
 
-# Bytes of a piece in float32, of each operand and of the result: small beside a training step's memory, and as fast as
-# whole matrices.
+# Bytes of a piece in float32, of each operand and of the result: small beside a training step's memory, yet nearly all
+# matrices are one piece, and no operand is converted twice.
 PIECE_BYTES = 16 << 20
 
 # With a side shorter than this, converting the other matrices takes longer than the library's product.
 _SHORTEST_SIDE = 8
 
 
-def mm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False) -> None:
+def mm(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    piece_bytes: int | None = None,
+) -> None:
     """out = a @ b + bias, or out += a @ b, on the CPU. Autocast must be off.
 
     Args:
@@ -33,10 +40,11 @@ def mm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate
             of one dtype, or one in half precision and the other in float32.
         out: (M, N), in the operands' dtype or float32.
         bias: (N), the operands' dtype, or None.
-        accumulate: add to `out`, which must be float32 unless M, N or K is 0; without a bias.
+        accumulate: add to `out`, which must be float32; without a bias.
+        piece_bytes: so much of an operand is converted at a time; default: PIECE_BYTES.
     """
     if a.dtype != b.dtype or (widens(a.dtype) and min(*a.shape, b.shape[1]) >= _SHORTEST_SIDE):
-        _widened(a, b, out, bias, accumulate)
+        _widened(a, b, out, bias, accumulate, piece_bytes or PIECE_BYTES)
     elif out.dtype != a.dtype:
         product = a @ b
         out.add_(product) if accumulate else out.copy_(product)
@@ -69,19 +77,18 @@ def widens(dtype: torch.dtype) -> bool:
     return not isa.startswith("avx512") or "avx512_fp16" not in native.C.cpu_features()
 
 
-def _widened(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+def _widened(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, piece_bytes: int) -> None:
     (m, k), n = a.shape, b.shape[1]
     exact = out.dtype == torch.float32
     a_by_rows, b_by_rows = not _transposed(a), not _transposed(b)
+    a_half, b_half = a.dtype != torch.float32, b.dtype != torch.float32
 
     # Pieces are cut where a matrix is contiguous: across its rows, or across the columns of a transposed one.
-    row_widths = [k] * (a_by_rows and a.dtype != torch.float32) + [n] * (not exact)
-    rows = _pieces(m, row_widths)
-    columns = _pieces(n, [k] * (not b_by_rows and b.dtype != torch.float32))
+    limit = piece_bytes // 4
+    rows = _pieces(m, limit, [k] * (a_half and a_by_rows) + [n] * (not exact))
     height = rows[0].stop if rows else 0
-    depths = _pieces(
-        k, [height] * (not a_by_rows and a.dtype != torch.float32) + [n] * (b_by_rows and b.dtype != torch.float32)
-    )
+    columns = _pieces(n, limit, [k] * (b_half and not b_by_rows))
+    depths = _pieces(k, limit, [height] * (a_half and not a_by_rows) + [n] * (b_half and b_by_rows))
 
     scratch = None if exact else memory.empty((height, n), torch.float32)
     wide_bias = None if bias is None else bias.float()
@@ -114,9 +121,9 @@ def _cut(t: Tensor, rows: slice, columns: slice) -> Tensor:
     return t[:, columns] if columns is not _ALL and columns.stop - columns.start < t.shape[1] else t
 
 
-def _pieces(length: int, widths: list[int]) -> list[slice]:
-    """Pieces of `length` whose product with the widest of `widths` is at most PIECE_BYTES of float32."""
-    step = max(1, PIECE_BYTES // (4 * max(widths)) if any(widths) else length)
+def _pieces(length: int, limit: int, widths: list[int]) -> list[slice]:
+    """Pieces of `length` that, times the widest of `widths`, have at most `limit` elements."""
+    step = max(1, limit // max(widths) if any(widths) else length)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

@@ -19,6 +19,10 @@ from fastlm.ops.native import DTYPE_CODE
 # time.
 _SLICE_BYTES = 16 << 20
 
+# Where a product is made in float32, so many bytes of the weights are converted at a time: with a block of logits it is
+# what there is beside the inputs and the gradients.
+_WIDE_BYTES = 4 << 20
+
 
 def unsupported(x: Tensor, *rest: object) -> str | None:
     if x.dtype not in DTYPE_CODE:
@@ -120,7 +124,7 @@ class _Work:
             for start in range(0, count, step):
                 block = slice(start, min(start + step, count))
                 logits = buffer[: block.stop - start]
-                products.mm(self.rows[block], self.weight.T, logits)
+                products.mm(self.rows[block], self.weight.T, logits, piece_bytes=_WIDE_BYTES)
                 native.C.cross_entropy_block(
                     logits.data_ptr(),
                     self.targets[block].data_ptr(),
@@ -137,7 +141,7 @@ class _Work:
     def _add(self, block: slice, dlogits: Tensor) -> None:
         x, later = self.rows[block], block.start > 0
         if self.needs_dx:
-            products.mm(dlogits, self.weight, self.dx[block])
+            products.mm(dlogits, self.weight, self.dx[block], piece_bytes=_WIDE_BYTES)
         if not self.needs_dweight:
             return
         step = len(self.weight) if self.exact else max(1, _SLICE_BYTES // max(1, x.shape[1] * x.element_size()))
