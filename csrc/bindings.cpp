@@ -2,6 +2,7 @@
 //
 // Tensors come as addresses (0: there is none), element types as the codes of DType, the CUDA stream as an address.
 // Shapes, devices and dtypes were checked in Python, where the tensors are; here only what costs nothing.
+// Functions named *_torch take the tensors themselves (common/torch_tensor.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +15,7 @@
 #include "common/error.h"
 #include "common/parallel.h"
 #include "common/pool.h"
+#include "common/torch_tensor.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
 #include "decode_attention/decode_attention.h"
@@ -21,6 +23,7 @@
 #include "gemm/gemm.h"
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
+#include "layer_norm/layer_norm_torch.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -340,12 +343,13 @@ void adamw_step(const py::buffer& table, double lr, double beta1, double beta2, 
 
 // A DLPack capsule: an uninitialised, contiguous CPU tensor in memory of the pool.
 py::capsule pooled_tensor(const py::tuple& shape, int type) {
-  int64_t sizes[PooledTensor::kDims];
-  if (shape.size() > PooledTensor::kDims) {
+  using Tensor = OwnedTensor<DLManagedTensor>;
+  int64_t sizes[Tensor::kDims];
+  if (shape.size() > Tensor::kDims) {
     throw std::invalid_argument("wanted at most 8 dimensions, got " + std::to_string(shape.size()));
   }
   for (size_t d = 0; d < shape.size(); ++d) sizes[d] = shape[d].cast<int64_t>();
-  return py::capsule(PooledTensor::make(sizes, static_cast<int>(shape.size()), dtype(type)), "dltensor", [](PyObject* self) {
+  return py::capsule(Tensor::make(sizes, static_cast<int>(shape.size()), dtype(type)), "dltensor", [](PyObject* self) {
     if (!PyCapsule_IsValid(self, "dltensor")) return;  // a consumer took it, and renamed it
     auto* const tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
     tensor->deleter(tensor);
@@ -410,6 +414,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
   m.def("layer_norm_backward", &layer_norm_backward);
+  define_positional<layer_norm_forward_torch, 7>(m, "layer_norm_forward_torch");
+  define_positional<layer_norm_backward_torch, 7>(m, "layer_norm_backward_torch");
   m.def("activation_forward", &activation_forward);
   m.def("activation_backward", &activation_backward);
   m.def("activation_backward_workspace", &activation_backward_workspace_cpu);
@@ -440,6 +446,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grad_norm", &grad_norm);
   m.def("grad_norm_cuda", &grad_norm_on_cuda);
 
+  m.def("connect_torch", [](py::type tensor, py::type parameter) { return torch_tensors.connect(tensor, parameter); });
   m.def("pooled_tensor", &pooled_tensor);
   m.def("pool_state", &pool_state_dict);
   m.def("pool_set_limit", &pool_set_limit);

@@ -7,8 +7,13 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace fastlm {
+
+// Smaller tensors are better off with the C library, which keeps memory in such sizes by itself. (fastlm/ops/memory.py has
+// this number too.)
+constexpr size_t kPooledBytes = size_t(256) << 10;
 
 struct PoolBlock {
   void* data = nullptr;  // aligned to 64 bytes and more; uninitialised
@@ -18,6 +23,28 @@ struct PoolBlock {
 // Throws std::bad_alloc where the system has no more.
 PoolBlock pool_take(size_t bytes);
 void pool_give(PoolBlock block) noexcept;
+
+// What a call needs for a moment.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : block_{nullptr, bytes} {
+    if (bytes >= kPooledBytes) {
+      block_ = pool_take(bytes);
+    } else {
+      small_.reset(new char[bytes]);  // uninitialised
+    }
+  }
+  ~Scratch() {
+    if (block_.data != nullptr) pool_give(block_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return block_.data != nullptr ? block_.data : small_.get(); }
+
+ private:
+  PoolBlock block_;
+  std::unique_ptr<char[]> small_;
+};
 
 // At most this much is kept while nobody uses it (without a call: an eighth of the machine's memory); what has lain there
 // longest goes back to the system first.

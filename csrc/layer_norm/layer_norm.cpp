@@ -81,7 +81,7 @@ void forward_rows(const LayerNormForward& p, const float* weight, const float* b
       if (p.mean != nullptr) p.mean[row] = mean;
     }
     const float rstd = 1.0f / __builtin_sqrtf(variance + p.eps);
-    p.rstd[row] = rstd;
+    if (p.rstd != nullptr) p.rstd[row] = rstd;
 
     if (bias != nullptr) {
       over_row(cols, [&](auto at, int64_t i, int) {

@@ -21,8 +21,8 @@ struct LayerNormForward {
   const void* bias;      // null: no bias
   void* y;
   void* h;               // null: no residual
-  float* mean;           // null: RMS norm
-  float* rstd;
+  float* mean;           // null: RMS norm, or not wanted
+  float* rstd;           // null (CPU): not wanted
   int64_t rows, cols;
   int64_t x_stride, residual_stride;
   float eps;

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import mkl, registry
+from fastlm.ops import library, mkl, registry
 
 try:
     from fastlm import _C as _compiled  # type: ignore[attr-defined]
@@ -53,6 +53,20 @@ def cuda_unavailable() -> str | None:
 
 registry.register_backend("cpu", cpu_unavailable)
 registry.register_backend("cuda", cuda_unavailable)
+
+
+@functools.cache
+def reads_tensors() -> bool:
+    """Whether fastlm._C can read and make this torch's CPU tensors (csrc/common/torch_tensor.h): from torch 2.10."""
+    return cpu_unavailable() is None and C.connect_torch(Tensor, torch.nn.Parameter)
+
+
+def takes_tensors() -> bool:
+    """Whether a call may go to the functions of fastlm._C that take tensors: nobody looks or forced another backend.
+
+    Those functions check the contract themselves, and return None for what is out of the ordinary, GPU tensors too.
+    """
+    return not library.watched() and registry._forced in ("auto", "cpu") and reads_tensors()
 
 
 def pointer(t: Tensor | None) -> int:

@@ -10,9 +10,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
+from fastlm.ops import native as compiled
 from fastlm.ops.layer_norm import native, reference, triton
 
 
@@ -49,7 +49,7 @@ def layer_norm(
         ValueError: shapes, dtypes or devices do not fit together.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
-    return _run(*_prepare("layer_norm", x, weight, bias, eps, residual, False))
+    return _run("layer_norm", x, weight, bias, eps, residual, False)
 
 
 @overload
@@ -63,7 +63,7 @@ def rms_norm(
 
     Shapes, dtypes, result and errors as for `layer_norm`.
     """
-    return _run(*_prepare("rms_norm", x, weight, None, eps, residual, True))
+    return _run("rms_norm", x, weight, None, eps, residual, True)
 
 
 def _prepare(
@@ -101,24 +101,31 @@ def _prepare(
     return x, weight, bias, residual, float(eps), rms
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool) -> Any:
-    op = "rms_norm" if rms else "layer_norm"
-    backend = registry.choose(op, x.device.type, (x, weight, bias, residual, eps, rms))
-    if torch.is_grad_enabled() and (
+def _run(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool
+) -> Any:
+    recorded = torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
-    ):
-        return _LayerNorm.apply(x, weight, bias, residual, eps, rms, backend)
-    y, h, _ = _forward(x, weight, bias, residual, eps, rms, backend)
+    )
+    if compiled.takes_tensors():
+        results = compiled.C.layer_norm_forward_torch(x, weight, bias, residual, eps, rms, recorded)
+        if results is not None:
+            return _record(x, weight, bias, residual, eps, rms, "cpu", results) if recorded else results
+    call = _prepare(op, x, weight, bias, eps, residual, rms)
+    backend = registry.choose(op, x.device.type, call)
+    if recorded:
+        return _LayerNorm.apply(*call, backend, None)
+    y, h, _ = _forward(*call, backend)
     return y if residual is None else (y, h)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, rms, backend):  # type: ignore[override]
-        y, h, statistics = _forward(x, weight, bias, residual, eps, rms, backend)
+    def forward(ctx, x, weight, bias, residual, eps, rms, backend, results):  # type: ignore[override]
+        y, h, statistics = results or _forward(x, weight, bias, residual, eps, rms, backend)
         ctx.has_residual = residual is not None
         ctx.has_bias, ctx.rms, ctx.backend = bias is not None, rms, backend
         ctx.save_for_backward(h if ctx.has_residual else x, weight, statistics)
@@ -126,17 +133,26 @@ class _LayerNorm(torch.autograd.Function):
         return (y, h) if ctx.has_residual else y
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy, dh=None):  # type: ignore[override]
         h, weight, statistics = ctx.saved_tensors
         if dy is None:  # only h was used
-            return dh, None, None, dh, None, None, None
+            return dh, None, None, dh, None, None, None, None
+        if ctx.backend == "cpu" and not library.watched() and compiled.reads_tensors():
+            gradients = compiled.C.layer_norm_backward_torch(
+                dy, dh, h, weight, statistics, ctx.has_bias, ctx.has_residual
+            )
+            if gradients is not None:
+                return *gradients, None, None, None, None
         dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, statistics, ctx.has_bias, ctx.rms, ctx.backend)
         if ctx.has_residual:
             dresidual = dx if h.dtype == dy.dtype else dresidual
         else:
             dresidual = None
-        return dx, dweight, dbias if ctx.has_bias else None, dresidual, None, None, None
+        return dx, dweight, dbias if ctx.has_bias else None, dresidual, None, None, None, None
+
+
+_record = library.apply_of(_LayerNorm)
 
 
 def _forward_impl(x, weight, bias, residual, eps, rms, backend):
