@@ -13,7 +13,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, philox, registry
 from fastlm.ops.attention import native, reference, triton
@@ -218,7 +217,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
         nothing = (None,) * (3 + len(ctx.options))
         if dout is None and dlse is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.embedding import native, reference, triton
@@ -58,7 +57,7 @@ class _Embedding(torch.autograd.Function):
         return _forward(ids, weight, backend)
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         return None, _backward(dy, ids, ctx.rows, ctx.padding, ctx.backend), None, None

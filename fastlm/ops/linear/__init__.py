@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.linear import native, reference, triton
@@ -72,7 +71,7 @@ class _Linear(torch.autograd.Function):
         return _forward(x, weight, bias, backend)
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])

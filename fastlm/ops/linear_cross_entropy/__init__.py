@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.linear_cross_entropy import cuda, native, reference, triton
@@ -129,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dloss):  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:2])
         if ctx.reduction == "none":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.lstm import native, reference, triton
@@ -76,7 +75,7 @@ class _Lstm(torch.autograd.Function):
         return y, cells[:, -1].to(gates.dtype, copy=True)
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy, dc):  # type: ignore[override]
         h0, c0, weight, y, cells, activations = ctx.saved_tensors
         if dy is None:

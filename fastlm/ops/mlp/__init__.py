@@ -11,7 +11,6 @@ import difflib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.mlp import cuda, native, reference, triton
@@ -154,7 +153,7 @@ class _LinearAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
@@ -171,7 +170,7 @@ class _MLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, fc_weight, proj_weight, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.rotary import native, reference, triton
@@ -122,7 +121,7 @@ class _Rotary(torch.autograd.Function):
         return _forward(q, k, cos, sin, positions, interleaved, backend)
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx, dq, dk):  # type: ignore[override]
         gradients: list[Any] = [None, None]
         if dq is not None or dk is not None:
