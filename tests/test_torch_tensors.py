@@ -150,12 +150,14 @@ def test_nothing_is_left_behind(rows: int, api: bool, monkeypatch: pytest.Monkey
     tracked = (x, r, weight, bias, None, torch.Tensor, torch.nn.Parameter)
     used, references = memory.state().used, [sys.getrefcount(t) for t in tracked]
     objects = len(gc.get_objects())
-    calls(10_000 if rows == 4 else 1_000)
+    count = 10_000 if rows == 4 else 4_000
+    calls(count)
     gc.collect()
     assert memory.state().used == used
+    # What a call left behind would be there `count` times; other references to None come and go by hundreds.
     for before, after in zip(references, [sys.getrefcount(t) for t in tracked], strict=True):
-        assert abs(after - before) < 100
-    assert abs(len(gc.get_objects()) - objects) < 100
+        assert abs(after - before) < count / 2
+    assert abs(len(gc.get_objects()) - objects) < count / 2
 
 
 @needs_api
