@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import random
 import threading
 from collections.abc import Iterator
 
@@ -18,6 +20,7 @@ LARGE = (1024, 768)  # 3 MB in float32
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
+    gc.collect()
     before = memory.state().limit
     memory.release()
     yield
@@ -51,12 +54,51 @@ def test_a_view_keeps_the_memory() -> None:
     assert torch.equal(view, torch.full((LARGE[1],), 7.0)) and other.data_ptr() != view.data_ptr()
 
 
-def test_a_much_larger_block_is_not_given() -> None:
+def test_a_block_is_cut_and_its_parts_are_one_again() -> None:
     large = memory.empty((4, *LARGE), torch.float32)
+    address, fresh = large.data_ptr(), memory.state().fresh
     del large
-    fresh = memory.state().fresh
-    small = memory.empty(LARGE, torch.float32)
-    assert memory.state().fresh == fresh + 1 and small.numel() == LARGE[0] * LARGE[1]
+    parts = [memory.empty(LARGE, torch.float32) for _ in range(4)]
+    assert [p.data_ptr() for p in parts] == [address + i * parts[0].nbytes for i in range(4)]
+    del parts[1], parts[2], parts[0], parts[0]  # the second, the last, the first, the third
+    large = memory.empty((4, *LARGE), torch.float32)
+    assert large.data_ptr() == address and memory.state().fresh == fresh
+
+
+def test_a_block_grows_into_memory_that_was_never_used() -> None:
+    block = memory.empty(LARGE, torch.float32)
+    address, size = block.data_ptr(), block.nbytes
+    del block
+    larger = memory.empty((2, *LARGE), torch.float32)
+    assert larger.data_ptr() == address
+    assert memory.state().unused == 0 and memory.state().used == 2 * size
+
+
+def test_the_smallest_hole_is_taken_and_of_equal_ones_the_youngest() -> None:
+    tensors = [memory.empty((n, *LARGE), torch.float32) for n in (1, 3, 1, 2, 1, 2, 1)]
+    older, younger = tensors[3].data_ptr(), tensors[5].data_ptr()
+    for i in (3, 1, 5):  # holes of 2, 3 and 2, with a tensor between each two
+        tensors[i] = torch.empty(0)
+    first, second = (memory.empty((2, *LARGE), torch.float32) for _ in range(2))
+    assert (first.data_ptr(), second.data_ptr()) == (younger, older)
+
+
+def test_tensors_never_overlap() -> None:
+    draw, before = random.Random(0), memory.state().used
+    alive: dict[int, torch.Tensor] = {}
+    for i in range(2000):
+        if i == 1000:
+            memory.set_limit(32 << 20)
+        if alive and (len(alive) > 20 or draw.random() < 0.3):
+            dying = draw.choice(list(alive))
+            assert bool((alive.pop(dying)[:: 1 << 12] == dying).all())
+        size = draw.randrange(memory.POOLED_BYTES, 4 << 20) // 4
+        alive[i] = memory.empty((size,), torch.float32)
+        alive[i][:: 1 << 12] = i
+        spans = sorted((t.data_ptr(), t.nbytes) for t in alive.values())
+        assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(spans))
+    alive.clear()
+    assert memory.state().used == before and memory.state().unused <= 32 << 20
 
 
 def test_no_more_than_the_limit_is_kept() -> None:

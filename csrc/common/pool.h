@@ -1,9 +1,8 @@
-// Memory of large CPU tensors, kept when they die and given to the next tensor that fits.
+// Memory of large CPU tensors, kept when they die and given to the next tensors that fit into it.
 //
 // Memory that is fresh from the system costs a page fault per 4 KB (0.5 to 2 us each; more on a virtual machine), and the C
 // library gives large blocks back to the system as soon as they are freed: a training step of default PyTorch faults
-// hundreds of thousands of times. The blocks begin at multiples of 2 MB, and the system is asked to back them with huge
-// pages, which also saves misses in the TLB.
+// hundreds of thousands of times. The system is asked to back the pool with huge pages, which also saves misses in the TLB.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,8 +15,8 @@ namespace fastlm {
 constexpr size_t kPooledBytes = size_t(256) << 10;
 
 struct PoolBlock {
-  void* data = nullptr;  // aligned to 64 bytes and more; uninitialised
-  size_t bytes = 0;      // of the whole block
+  void* data = nullptr;  // aligned to 64 KB; uninitialised
+  size_t bytes = 0;      // what was asked for, rounded up to 64 KB
 };
 
 // Throws std::bad_alloc where the system has no more.
@@ -53,7 +52,7 @@ void pool_release();  // give all that is unused back to the system
 
 struct PoolState {
   size_t limit, unused, used;  // bytes
-  uint64_t fresh, reused;      // takes that were served by the system, and by the pool
+  uint64_t fresh, reused;      // takes that needed memory of the system, and those that did not
 };
 PoolState pool_state();
 
