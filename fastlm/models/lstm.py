@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.linear import linear
+from fastlm.nn.meta import allocate, without_weights
 
 MODEL_TYPE = "fastlm-lstm"
 Hidden = tuple[Tensor, Tensor]  # the hidden states and the cells of all layers, each (L, B, H)
@@ -215,10 +216,9 @@ class LSTMLM(nn.Module):
         from fastlm.models.folder import load_weights, read_folder
 
         config = LSTMConfig.from_dict(read_folder(path, MODEL_TYPE, "fastlm.LSTMLM"))
-        with torch.device("meta"):
+        with without_weights():
             model = cls.from_config(config)
-        model.to_empty(device=device)
-        load_weights(model, path)
+        load_weights(allocate(model, device), path)
         return model.eval()
 
     def _check(self, x: Tensor, hidden: Hidden | None) -> None:

@@ -13,7 +13,7 @@ class Computed(nn.Module):
     """A float32 constant that follows its module from device to device but is neither saved nor rounded.
 
     An ordinary buffer would be rounded by `model.bfloat16()` (rotary frequencies then point elsewhere) and left
-    uninitialised by `to_empty`. This one is computed again instead.
+    uninitialised by `allocate`. This one is computed again instead.
     """
 
     value: Tensor
@@ -21,12 +21,15 @@ class Computed(nn.Module):
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         super().__init__()
         self._compute = compute
-        self.register_buffer("value", compute(), persistent=False)
+        self.register_buffer("value", self._on(torch.get_default_device()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         device = self.value.device
         if device.type != "meta":
-            with torch.device("cpu"):
-                self.value = self._compute().to(device)
+            self.value = self._on(device)
         return self
+
+    def _on(self, device: torch.device) -> Tensor:
+        with torch.device("cpu"):  # the same numbers on every device
+            return self._compute().to(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm.ops import checks
 from fastlm.ops.adamw import adamw_
+from fastlm.optim.tracing import base_method, untraced
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # kept wide and contiguous
 _Batch = list[tuple[Tensor, dict[str, Any]]]
@@ -70,12 +71,20 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its missing options are the optimizer's. Raises ValueError where one is out of its range."""
-        super().add_param_group(param_group)
+        base_method(self, "add_param_group")(param_group)
         try:
             _check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or with `set_to_none=False` fill them with zeros."""
+        base_method(self, "zero_grad")(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with the keys of torch.optim.AdamW's."""
+        return base_method(self, "state_dict")()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -93,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
             ValueError: the groups, or the shapes of the moments, do not fit this optimizer's parameters.
         """
         masters = [group["master_weights"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        base_method(self, "load_state_dict")(state_dict)
         for group, saved, master_weights in zip(self.param_groups, state_dict["param_groups"], masters, strict=True):
             group["master_weights"] = saved.get("master_weights", master_weights)
             for p, key in zip(group["params"], saved["params"], strict=True):
@@ -101,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
                     # torch casts moments to the parameter's dtype and keeps the caller's memory: do it over
                     self.state[p] = _loaded(p, state_dict["state"][key])
 
-    @torch.compiler.disable
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float | Tensor = 1.0) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient.

@@ -21,6 +21,7 @@ from fastlm.models.huggingface.encoder_configs import ENCODERS, encoder_config_f
 from fastlm.models.huggingface.names import Source, bare, is_ignored, rename_old, sources
 from fastlm.models.lstm import LSTMLM
 from fastlm.models.lstm import MODEL_TYPE as LSTM_TYPE
+from fastlm.nn.meta import allocate, without_weights
 
 Model = TypeVar("Model", GPT, Encoder)
 WEIGHTS = "model.safetensors"
@@ -67,7 +68,7 @@ def from_pretrained(
         config = GPTConfig.from_dict({**config_from_huggingface(fields).to_dict(), **changes})
     with ExitStack() as stack:
         checkpoint = _Checkpoint(folder, stack, fields["model_type"])
-        with torch.device("meta"):
+        with without_weights():
             model = GPT(config)
         return checkpoint.fill(model, dtype, device)
 
@@ -94,7 +95,7 @@ def encoder_from_pretrained(
                 mlm_head=not held.isdisjoint(("cls.predictions.transform.dense.weight", "lm_head.dense.weight")),
                 pooler="pooler.dense.weight" in held,
             )
-        with torch.device("meta"):
+        with without_weights():
             model = Encoder(EncoderConfig.from_dict({**config.to_dict(), **changes}))
         return checkpoint.fill(model, dtype, device)
 
@@ -132,7 +133,7 @@ class _Checkpoint:
     def fill(self, model: Model, dtype: torch.dtype | str, device: torch.device | str) -> Model:
         """The model, made on the meta device, with the weights of the folder."""
         plan = self.check(model)
-        model.to(self.dtype() if dtype == "auto" else dtype).to_empty(device=device)
+        model = allocate(model.to(self.dtype() if dtype == "auto" else dtype), device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 self.read(plan[name], parameter)
