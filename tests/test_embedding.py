@@ -12,6 +12,7 @@ from fastlm.nn import Embedding
 from fastlm.ops import embedding
 from fastlm.ops.case import Case
 from fastlm.ops.embedding.cases import _build, eager_embedding
+from fastlm.ops.embedding.tied import tied_embedding
 from tests.op_suite import BACKENDS, check_case
 
 IDS, WEIGHT = torch.tensor([[1, 4, 1], [0, 2, 4]]), torch.randn(5, 8)
@@ -90,6 +91,51 @@ def test_module_is_torchs() -> None:
     torch.testing.assert_close(module.weight.grad, theirs.weight.grad)
     with pytest.raises(ValueError, match="sparse=True is not supported"):
         Embedding(5, 8, sparse=True)
+
+
+@pytest.mark.parametrize("uses", ["both", "lookup", "head"])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 9), (7, 31)])  # none, less and more places than rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tied_table_has_the_sum_of_both_gradients(backend: str, dtype: torch.dtype, shape: tuple, uses: str) -> None:
+    ids = torch.randint(1, 60, shape)
+    weight = torch.randn(60, 12, dtype=dtype, requires_grad=True)
+    dy, dhead = torch.randn(*shape, 12, dtype=dtype), torch.randn(60, 12, dtype=dtype)
+
+    def gradient(y: torch.Tensor, head: torch.Tensor, **options: bool) -> torch.Tensor:
+        outputs = {"both": [y, head], "lookup": [y], "head": [head]}[uses]
+        upstream = {"both": [dy, dhead.clone()], "lookup": [dy], "head": [dhead.clone()]}[uses]
+        return torch.autograd.grad(outputs, weight, upstream, **options)[0]
+
+    with fastlm.backend(backend):
+        try:
+            wanted = gradient(embedding(ids, weight), weight.view_as(weight))
+        except fastlm.UnsupportedError as reason:
+            pytest.skip(str(reason))
+        outputs = tied_embedding(ids, weight)
+        assert torch.equal(outputs[0], weight[ids]) and outputs[1].data_ptr() == weight.data_ptr()
+        first, second = gradient(*outputs, retain_graph=True), gradient(*outputs)
+    assert torch.equal(first, wanted) and torch.equal(second, wanted)
+
+
+def test_the_gradient_of_a_tied_head_is_written_to_only_where_nobody_wants_it_again() -> None:
+    weight, dhead = torch.zeros(60, 8, requires_grad=True), torch.ones(60, 8)
+    y, head = tied_embedding(torch.tensor([3, 3]), weight)
+    kept = torch.autograd.grad([y, head], weight, [torch.ones(2, 8), dhead], retain_graph=True)[0]
+    assert kept[3].tolist() == [3.0] * 8 and torch.equal(dhead, torch.ones(60, 8))
+    last = torch.autograd.grad([y, head], weight, [torch.ones(2, 8), dhead])[0]
+    assert last.data_ptr() == dhead.data_ptr() and torch.equal(last, kept)
+
+
+def test_an_id_out_of_range_of_a_tied_table_has_no_gradient_on_cuda() -> None:
+    weight = WEIGHT.clone().requires_grad_()
+    with fastlm.backend("emulator"):
+        try:
+            y, head = tied_embedding(torch.tensor([7, 1, -1, 1]), weight)
+        except fastlm.UnsupportedError as reason:
+            pytest.skip(str(reason))
+        torch.autograd.backward([y, head], [torch.ones_like(y), torch.ones_like(head)])
+    assert torch.equal(weight.grad[:, 0], torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

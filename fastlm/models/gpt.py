@@ -24,6 +24,7 @@ from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rota
 from fastlm.nn.computed import Computed
 from fastlm.nn.linear import linear
 from fastlm.nn.packing import packed_positions
+from fastlm.ops.embedding.tied import tied_embedding
 
 __all__ = ["GPT", "Block", "GPTConfig"]
 
@@ -106,14 +107,20 @@ class GPT(nn.Module):
                 loss.
             IndexError: on the CPU, a target out of range (on a GPU its loss is NaN).
         """
-        hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache)
         if targets is None:
+            hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache)
             return self.logits(hidden), None
         if targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        self._check(idx, cu_seqlens, max_seqlen, cache)
+        if self.lm_head is None:
+            tokens, head_weight = tied_embedding(idx, self.wte.weight)
+        else:
+            tokens, head_weight = self.wte(idx), self.lm_head.weight
+        hidden = self._transform(tokens, cu_seqlens, max_seqlen, cache)
         loss = ops.linear_cross_entropy(
             hidden,
-            self.head_weight,
+            head_weight,
             targets,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -132,8 +139,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The last block's output after the final norm, (B, T, C): what the head reads. Arguments as for `forward`."""
         self._check(idx, cu_seqlens, max_seqlen, cache)
-        positions = self._positions(idx, cu_seqlens, cache)  # (T) or (B, T)
-        h = F.dropout(self.embed(idx, positions), self.embedding_dropout, self.training)
+        return self._transform(self.wte(idx), cu_seqlens, max_seqlen, cache)
+
+    def _transform(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: Cache | None
+    ) -> Tensor:
+        """The embeddings of the tokens, (B, T, C) -> the hidden states."""
+        positions = self._positions(tokens, cu_seqlens, cache)  # (T) or (B, T)
+        h = F.dropout(self._place(tokens, positions), self.embedding_dropout, self.training)
 
         options: dict[str, Any] = {
             "rotation": None if self.rotary is None else self.rotary(positions),
@@ -150,13 +163,17 @@ class GPT(nn.Module):
             else:
                 branch, h = block(branch, h, **options)
         if cache is not None:
-            cache.advance(idx.shape[1])
+            cache.advance(tokens.shape[1])
         y, _ = self.norm(branch, residual=h)
         return y
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Token ids (B, T) and positions (T) or (B, T) -> (B, T, C), the start of the residual stream."""
-        h = self.wte(idx)
+        return self._place(self.wte(idx), positions)
+
+    def _place(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """`embed`, from the embeddings of the tokens."""
+        h = tokens
         if self.wpe is not None:
             h = h + self.wpe(positions)
         if self.sinusoidal is not None:  # the embedding is scaled up to the sinusoids, as in their paper, section 3.4
@@ -225,13 +242,13 @@ class GPT(nn.Module):
         """Where the model is."""
         return self.wte.weight.device
 
-    def _positions(self, idx: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
-        tokens = idx.shape[1]
+    def _positions(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+        length = tokens.shape[1]
         if cache is not None:
-            return cache.positions(tokens, idx.device)
-        positions = torch.arange(tokens, device=idx.device)
+            return cache.positions(length, tokens.device)
+        positions = torch.arange(length, device=tokens.device)
         if cu_seqlens is not None:  # each sequence starts at 0
-            positions = packed_positions(cu_seqlens, tokens)[1]
+            positions = packed_positions(cu_seqlens, length)[1]
         return positions
 
     def _check(self, idx: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: Cache | None) -> None:

@@ -72,6 +72,12 @@ def once_differentiable(backward: Callable) -> Callable:
     return run
 
 
+def graph_is_kept() -> bool:
+    """In a backward pass: whether the graph may be run again, so that no gradient on the way may be written to."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
+
+
 def _on_their_device(implementation: Callable) -> Callable:
     """Make the tensors' GPU the current one for the call: kernels are launched, and allocate, on the current device."""
 

@@ -1,7 +1,7 @@
 """torch.optim.Optimizer without loading torch.compile's machinery, where nobody compiles.
 
-PyTorch keeps the methods of an optimizer out of compiled graphs by a guard that imports torch._dynamo at its first call:
-1.6 s and 140 MB of every training run. Who has not imported that cannot be tracing.
+PyTorch keeps the methods of an optimizer out of compiled graphs by a guard that imports torch._dynamo when it is first
+called: 1.6 s and 140 MB of every training run. Who has not imported that cannot be tracing.
 """
 
 from __future__ import annotations
