@@ -11,7 +11,7 @@ from fastlm.ops import products
 
 # In training, results up to this size are PyTorch's: the C library keeps memory in such sizes by itself, and a node of
 # autograd in C++ costs a third of one in Python (nanoGPT's small model takes 0.97 of the time).
-_SMALL_RESULT = 4 << 20  # bytes
+_SMALL_RESULT = 2 << 20  # bytes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
