@@ -125,6 +125,9 @@ def test_the_gradient_of_a_tied_head_is_written_to_only_where_nobody_wants_it_ag
     assert kept[3].tolist() == [3.0] * 8 and torch.equal(dhead, torch.ones(60, 8))
     last = torch.autograd.grad([y, head], weight, [torch.ones(2, 8), dhead])[0]
     assert last.data_ptr() == dhead.data_ptr() and torch.equal(last, kept)
+    y, head = tied_embedding(torch.tensor([3, 3]), weight)
+    (y.sum() + head.sum()).backward()  # whose gradients are one number, expanded
+    assert torch.equal(weight.grad, kept)
 
 
 def test_an_id_out_of_range_of_a_tied_table_has_no_gradient_on_cuda() -> None:

@@ -22,7 +22,8 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (..., C), and (V, C), the same memory as weight. Whoever uses the second instead of weight has one gradient for
-        both uses. They add up in weight's dtype.
+        both uses; they add up in weight's dtype. It is for an op that makes its gradient anew, as the loss does: unless
+        the graph is kept, the rows are added into that tensor.
 
     Raises:
         ValueError, UnsupportedError: as `fastlm.ops.embedding`.
@@ -49,8 +50,8 @@ class _TiedEmbedding(torch.autograd.Function):
             return None, dhead, None
         if dhead is None:
             return None, _backward(dy, ids, ctx.vocabulary, -1, ctx.backend), None
-        if library.graph_is_kept():  # dhead may be wanted again as it is
-            dhead = dhead.clone()
+        if library.graph_is_kept() or not dhead.is_contiguous():  # it may be wanted again, or be one number, expanded
+            dhead = dhead.clone(memory_format=torch.contiguous_format)
         return None, _add_rows(dhead, dy, ids, ctx.backend), None
 
 
