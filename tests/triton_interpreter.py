@@ -36,9 +36,12 @@ def correct() -> None:
             a, b = (interpreter.TensorHandle(_to_float32(t.data), tl.float32) for t in (a, b))
         return dot(self, a, b, d, *rest)
 
-    def patch_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)  # NumPy 2.4 no longer makes a number of an array of one element, which Triton 3.6 asks for
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch_tensor(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        # NumPy 2.4 no longer makes a number of an array of one element, which Triton 3.6 asks for. Triton 3.2 has no
+        # scopes, and runs with older NumPys.
+        if scope:
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._convert_float = convert_float
