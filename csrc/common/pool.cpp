@@ -63,6 +63,7 @@ char* map(size_t bytes) {
 
 // What follows up to `take` is called with the mutex held.
 
+// Puts a hole on the map, as one with its neighbours of the same kind.
 void add(Pool& p, char* start, Hole hole) {
   const auto one = [&](char* border, const Hole& other) { return other.kept == hole.kept && !p.regions.count(border); };
   auto next = p.holes.upper_bound(start);
@@ -149,10 +150,9 @@ void shrink(Pool& p, std::unique_lock<std::mutex>& lock, size_t limit) {
     for (auto it = p.holes.begin(); it != p.holes.end(); ++it) {
       if (it->second.kept && (oldest == p.holes.end() || it->second.time < oldest->second.time)) oldest = it;
     }
-    const size_t bytes = std::min(p.state.unused - limit, oldest->second.bytes);
-    const size_t whole = std::min(rounded_up(bytes, kGranule), oldest->second.bytes);
-    out.emplace_back(carve(p, oldest, whole), whole);
-    p.state.unused -= whole;
+    const size_t bytes = std::min(rounded_up(p.state.unused - limit, kGranule), oldest->second.bytes);
+    out.emplace_back(carve(p, oldest, bytes), bytes);
+    p.state.unused -= bytes;
   }
   lock.unlock();
   for (const auto& [start, bytes] : out) madvise(start, bytes, MADV_DONTNEED);

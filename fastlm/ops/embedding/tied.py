@@ -58,8 +58,8 @@ class _TiedEmbedding(torch.autograd.Function):
 def _add_rows(dweight: Tensor, dy: Tensor, ids: Tensor, backend: str) -> Tensor:
     """dweight, with the gradient of a lookup added to it in a fixed order."""
     vocabulary, count = len(dweight), ids.numel()
-    if count >= vocabulary or count == 0:
-        return dweight.add_(_backward(dy, ids, vocabulary, -1, backend)) if count else dweight
+    if count >= vocabulary:
+        return dweight.add_(_backward(dy, ids, vocabulary, -1, backend))
     # The gradient of a small table instead: its rows are the ids that occur, in ascending order. There are as many as
     # places, so that nobody waits to hear how many are needed; the others stay zero.
     keys, order = ids.reshape(-1).to(torch.int64).sort(stable=True)
