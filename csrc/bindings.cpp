@@ -215,17 +215,17 @@ void cross_entropy_block_on_cuda(Address logits, Address targets, Address loss, 
 
 // Addresses: q, k, v, alibi_slopes, cu_seqlens, rng_state. Sizes: the strides (batch, row, head) of q, k and v, the batch
 // stride of alibi_slopes, the number of packed sequences, B, T, S, H, H_kv, D, window_left, window_right, max_seqlen.
-AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 20>& size, float scale,
+AttentionInputs attention_inputs(const std::array<Address, 6>& address, const std::array<int64_t, 21>& size, float scale,
                                  float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
   const auto strides = [&](int i) { return Strides{size[i], size[i + 1], size[i + 2]}; };
   return {at<void>(address[0]), at<void>(address[1]), at<void>(address[2]), strides(0), strides(3), strides(6),
           at<float>(address[3]), size[9], at<int32_t>(address[4]), size[10], at<int64_t>(address[5]),
           dropout_threshold, dropout_scale, size[11], size[12], size[13], size[14], size[15], size[16], size[17],
-          size[18], size[19], scale, softcap, dtype(type)};
+          size[18], size[19], scale, softcap, dtype(type), size[20] != 0};
 }
 
 void attention_forward(bool on_cuda, Address out, Address lse, const std::array<Address, 6>& address,
-                       const std::array<int64_t, 20>& size, float scale, float softcap, uint32_t dropout_threshold,
+                       const std::array<int64_t, 21>& size, float scale, float softcap, uint32_t dropout_threshold,
                        float dropout_scale, int type, Address stream) {
   const AttentionInputs p =
       attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
@@ -234,14 +234,14 @@ void attention_forward(bool on_cuda, Address out, Address lse, const std::array<
           : attention_forward_cpu(p, at<void>(out), at<float>(lse));
 }
 
-int64_t attention_backward_workspace_of(const std::array<Address, 6>& address, const std::array<int64_t, 20>& size,
+int64_t attention_backward_workspace_of(const std::array<Address, 6>& address, const std::array<int64_t, 21>& size,
                                         float scale, float softcap, uint32_t dropout_threshold, float dropout_scale, int type) {
   return attention_backward_workspace(attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type));
 }
 
 // gradients: out, lse, dout, dlse, dq, dk, dv. workspace: CUDA only
 void attention_backward(bool on_cuda, const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
-                        const std::array<Address, 6>& address, const std::array<int64_t, 20>& size, float scale,
+                        const std::array<Address, 6>& address, const std::array<int64_t, 21>& size, float scale,
                         float softcap, uint32_t dropout_threshold, float dropout_scale, int type, Address workspace,
                         Address stream) {
   const AttentionInputs p =

@@ -29,7 +29,7 @@ def sixteen_bit(test: Callable) -> Callable:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     on_emulator = request.param == "emulator"
     reason = emulator.unavailable() if on_emulator else native.cuda_unavailable()
-    if reason is None and not on_emulator and not native.gemm_device(0)[1]:
+    if reason is None and not on_emulator and not native.has_wgmma(torch.empty(0, device="cuda")):
         reason = "the GPU is not of compute capability 9.0, or fastlm was built without sm_90a"
     if reason is not None:
         pytest.skip(reason)

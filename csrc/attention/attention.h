@@ -28,6 +28,7 @@ struct AttentionInputs {
   int64_t max_seqlen;                                    // with cu_seqlens: no sequence is longer (CUDA)
   float scale, softcap;                                  // softcap 0: none
   DType type;
+  bool wgmma;  // CUDA: the device runs code for sm_90a, and it is compiled in
 };
 
 // Outputs are contiguous. Results are the same to the bit whatever the number of threads.

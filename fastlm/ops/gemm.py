@@ -85,7 +85,7 @@ def _run(
         [left.transposed, right.transposed, accumulate],
         [kind, activation, DTYPE_CODE[a.dtype], DTYPE_CODE[out.dtype]],
     )
-    device = native.gemm_device(a.device.index) if a.is_cuda else (0, False)
+    device = native.gemm_device(a)
     size = native.C.gemm_workspace(*call, *device)
     workspace = a.new_empty(size, dtype=torch.float32) if size else None
     native.C.gemm(*call, pointer(workspace), *device, native.stream(a))

@@ -94,10 +94,18 @@ def multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def gemm_device(index: int) -> tuple[int, bool]:
-    """The GPU's multiprocessors, and whether the GEMM of wgmma is there: compute capability 9.0, built for sm_90a."""
-    hopper = torch.cuda.get_device_capability(index) == (9, 0)
-    return multiprocessors(index), hopper and "90a" in C.build_info()["cuda_archs"]
+def _runs_wgmma(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0) and "90a" in C.build_info()["cuda_archs"]
+
+
+def has_wgmma(t: Tensor) -> bool:
+    """Whether the kernels of wgmma can run on the tensor's GPU: compute capability 9.0, built for sm_90a."""
+    return t.is_cuda and _runs_wgmma(t.device.index)
+
+
+def gemm_device(t: Tensor) -> tuple[int, bool]:
+    """The multiprocessors of the tensor's GPU, and `has_wgmma`; (0, False) on the CPU."""
+    return (multiprocessors(t.device.index), has_wgmma(t)) if t.is_cuda else (0, False)
 
 
 def rows(t: Tensor) -> tuple[Tensor, int]:

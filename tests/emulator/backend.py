@@ -28,7 +28,7 @@ from fastlm.ops.sample import native as sample
 from tests.emulator import build
 
 NAME = "emulator"
-HOPPER = False  # whether the device is taken for one of compute capability 9.0: products by wgmma
+HOPPER = False  # whether the device is taken for one of compute capability 9.0: kernels of wgmma
 MULTIPROCESSORS = 2  # of the emulated device: few, so that small tests have several turns of a persistent kernel
 
 
@@ -128,12 +128,12 @@ class Compiled:
 @contextmanager
 def emulated() -> Iterator[None]:
     """Inside, the ops' native wrappers call the emulated kernels."""
-    compiled, on_cuda = native.C, native.on_cuda
-    native.C, native.on_cuda = Compiled(), lambda t: True
+    before = native.C, native.on_cuda, native.has_wgmma
+    native.C, native.on_cuda, native.has_wgmma = Compiled(), lambda t: True, lambda t: HOPPER
     try:
         yield
     finally:
-        native.C, native.on_cuda = compiled, on_cuda
+        native.C, native.on_cuda, native.has_wgmma = before
 
 
 class Emulated:

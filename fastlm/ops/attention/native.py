@@ -142,6 +142,7 @@ def _inputs(
             window_left,
             window_right,
             max_seqlen,
+            native.has_wgmma(q),
         ),
         scale,
         softcap,
