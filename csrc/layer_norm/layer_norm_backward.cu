@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps) backward_dx_any(const LayerNor
     load_vector_as_float(p.weight, c, p.w_type, vectors, count(c), w);
 #pragma unroll
     for (int j = 0; j < kVector; j++) {
-      g[j] *= w[j];
+      g[j] = __fmul_rn(g[j], w[j]);  // rounded here as in the sum, so that one column alone has no gradient
       xhat[j] = (xhat[j] - mean) * rstd;
     }
   };

@@ -20,7 +20,7 @@ from fastlm import ops
 GROWTH = 256  # tokens: the least that a full cache grows by; it at least doubles, so that copying stays linear
 
 
-def _is_decoding(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
+def is_decoding(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
     """One new token a row, and none of what `ops.decode_attention` has no part in."""
     if (
         q.shape[1] != 1
@@ -32,7 +32,8 @@ def _is_decoding(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bo
     return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, options: dict[str, Any]) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, options: dict[str, Any]) -> Tensor:
+    """`ops.decode_attention` with the options of `ops.attention`."""
     window = options.get("window")
     return ops.decode_attention(
         q,
@@ -57,6 +58,10 @@ class Pool:
         """The layer's keys or values; made like `new` (., ., H_kv, D) at the first call."""
         if (layer, values) not in self._tensors:
             self._tensors[layer, values] = new.new_empty(self.count, self.capacity, *new.shape[2:])
+        return self._tensors[layer, values]
+
+    def held(self, layer: int, values: bool) -> Tensor:
+        """The same, once it is made."""
         return self._tensors[layer, values]
 
 
@@ -103,7 +108,7 @@ class KVCache:
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append k and v; q (B, T, H, D), the last T positions, attends to all. Returns (B, T, H, D)."""
         keys, values = self.append(layer, k, v)
-        if not _is_decoding(q, k, v, options):
+        if not is_decoding(q, k, v, options):
             return ops.attention(q, keys, values, **options)
         return self.decode(q, keys, values, options)
 
@@ -113,7 +118,7 @@ class KVCache:
         if self._lengths is None or self._lengths_of != (length, len(q), q.device):
             self._lengths = torch.full((len(q),), length, dtype=torch.int32, device=q.device)
             self._lengths_of = (length, len(q), q.device)
-        return _decode(q, keys, values, self._lengths, options)
+        return decode_attention(q, keys, values, self._lengths, options)
 
     def advance(self, tokens: int) -> None:
         """All layers have stored this many tokens more."""
@@ -131,6 +136,17 @@ class KVCache:
         stores: list[Any] = [*self._keys, *self._values]
         rows, capacity = stores[0].shape[:2]
         return [rows, self.length, capacity, *(t.data_ptr() for t in stores)]
+
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        held = self._keys[0]
+        return [self.length] * (0 if held is None else len(held))
+
+    def stores(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """All keys and all values, (B, S, H_kv, D) a layer; None where there is no room for one more token."""
+        held = [t for t in (*self._keys, *self._values) if t is not None and t.shape[1] > self.length]
+        layers = len(self._keys)
+        return (held[:layers], held[layers:]) if len(held) == 2 * layers else None
 
     def clear(self) -> None:
         """Forget all tokens; the memory is kept."""
@@ -177,13 +193,12 @@ class RaggedCache:
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """The positions of the next tokens of each row, (B, T)."""
-        starts = [cache.length for cache, rows in zip(self.caches, self.rows, strict=True) for _ in range(rows)]
-        return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
+        return torch.tensor(self.lengths(), device=device)[:, None] + torch.arange(tokens, device=device)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Each cache's attention over its own rows of q, k and v."""
         parts = list(zip(self.caches, q.split(self.rows), k.split(self.rows), v.split(self.rows), strict=True))
-        if not _is_decoding(q, k, v, options):
+        if not is_decoding(q, k, v, options):
             return torch.cat([cache.attention(layer, qs, ks, vs, **options) for cache, qs, ks, vs in parts])
         stored = [cache.append(layer, ks, vs) for cache, _, ks, vs in parts]
         pool = self._neighbours()
@@ -193,11 +208,23 @@ class RaggedCache:
             )
         keys, values = (pool.memory.of(layer, values, k)[pool.first :][: pool.rows] for values in (False, True))
         if self._lengths is None:
-            lengths = [
-                cache.length + 1 for cache, rows in zip(self.caches, self.rows, strict=True) for _ in range(rows)
-            ]
-            self._lengths = torch.tensor(lengths, dtype=torch.int32, device=q.device)
-        return _decode(q, keys, values, self._lengths, options)
+            self._lengths = torch.tensor([n + 1 for n in self.lengths()], dtype=torch.int32, device=q.device)
+        return decode_attention(q, keys, values, self._lengths, options)
+
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return [cache.length for cache, rows in zip(self.caches, self.rows, strict=True) for _ in range(rows)]
+
+    def stores(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """As `KVCache.stores`, where the caches lie one after the other in one pool; else None."""
+        held = [cache.stores() for cache in self.caches]
+        pool = self._neighbours()
+        if pool is None or any(part is None for part in held):
+            return None
+        layers = range(len(self.caches[0]._keys))
+        rows = slice(pool.first, pool.first + pool.rows)
+        keys, values = ([pool.memory.held(i, which)[rows] for i in layers] for which in (False, True))
+        return keys, values
 
     def _neighbours(self) -> PoolRows | None:
         """The rows of all caches together, where they lie one after the other in one pool."""

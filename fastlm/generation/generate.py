@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
 from fastlm.generation.decoder import Decoder
+from fastlm.generation.graph import GraphDecoder
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, stop_rule
 
@@ -90,20 +91,24 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        decode = Decoder(model) if Decoder.suits(model) else model.hidden_states
-        for step in range(max_new_tokens):
+        decode = _decoder(model)
+        reports = stream is not None or finished_by is not None
+        watch = _Watch()
+        for _ in range(max_new_tokens):
             if not groups:
                 break
             logits = _next_logits(model, decode, groups)  # (rows still open, V)
-            if torch.isnan(logits).any():
-                raise RuntimeError(f"the model's logits are NaN at new token {step + 1}: are its weights finite?")
+            watch.see(logits)
+            if reports or not logits.is_cuda:
+                watch.refuse_nan()
             seen = [group.seen for group in groups if group.seen is not None]
             tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
             for group, new in zip(groups, tokens.split([len(group.rows) for group in groups]), strict=True):
                 group.append(new)
-                if stream is not None or finished_by is not None:
+                if reports:
                     group.report(new.tolist(), stream, finished_by, results)
             groups = [group for group in groups if group.rows]
+        watch.refuse_nan()
     finally:
         if was_training:
             model.train()
@@ -191,6 +196,38 @@ class _Group:
         """Hand over these rows of the group."""
         for i in which:
             results[self.rows[i]] = self.tokens[i, : self.length].clone()
+
+
+def _decoder(model: GPT) -> Callable[..., Tensor]:
+    """The hidden states of one token a row, in the fastest way that this model allows."""
+    for kind in (Decoder, GraphDecoder):
+        if kind.suits(model):
+            return kind(model)
+    return model.hidden_states
+
+
+class _Watch:
+    """Whether the logits are finite; on a GPU looking waits for it, so some steps are looked at together."""
+
+    _TOGETHER = 64
+
+    def __init__(self) -> None:
+        self._nan: list[Tensor] = []  # of the last steps
+        self._steps = 0  # before them
+
+    def see(self, logits: Tensor) -> None:
+        """One more step's logits."""
+        self._nan.append(torch.isnan(logits).any())
+        if len(self._nan) == self._TOGETHER:
+            self.refuse_nan()
+
+    def refuse_nan(self) -> None:
+        """RuntimeError where a step's logits were NaN."""
+        for is_nan in torch.stack(self._nan).tolist() if self._nan else ():
+            self._steps += 1
+            if is_nan:
+                raise RuntimeError(f"the model's logits are NaN at new token {self._steps}: are its weights finite?")
+        self._nan.clear()
 
 
 def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]) -> Tensor:

@@ -1,0 +1,128 @@
+"""A step of decoding that reads the rows' lengths from the device gives what the model's layers give.
+
+What of it is a CUDA graph runs on a GPU only; without one a replay is the step itself, called again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
+from fastlm.generation.graph import GraphDecoder
+
+generation = importlib.import_module("fastlm.generation.generate")  # the package has a function of this name
+
+SMALL: dict[str, Any] = {"vocab_size": 97, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2},
+    "alibi": {"position": "alibi", "sliding_window": 9},
+    "sinusoidal": {"position": "sinusoidal", "attention_softcap": 2.0},
+}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+
+        def record(self: GraphDecoder, step: Callable[[], None]) -> Callable[[], object]:
+            return step
+
+        monkeypatch.setattr(GraphDecoder, "_record", record)
+    elif not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    return request.param
+
+
+def model_of(device: str, **fields: Any) -> fastlm.GPT:
+    torch.manual_seed(0)
+    return fastlm.GPT(fastlm.GPTConfig(**{**SMALL, **fields})).to(device).eval()
+
+
+def filled(model: fastlm.GPT, rows: int, length: int, capacity: int = 64, pool: PoolRows | None = None) -> KVCache:
+    cache = KVCache(model.config.n_layer, capacity, pool)
+    ids = torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        model.hidden_states(ids.to(model.device), cache=cache)
+    return cache
+
+
+def token(model: fastlm.GPT, rows: int, step: int) -> torch.Tensor:
+    return torch.randint(97, (rows, 1), generator=torch.Generator().manual_seed(step)).to(model.device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_hidden_states_are_those_of_the_layers(device: str, fields: dict[str, Any]) -> None:
+    model = model_of(device, **fields)
+    decode = GraphDecoder(model)
+    ours, layers = filled(model, 3, 7, capacity=11), filled(model, 3, 7, capacity=11)  # they grow on the way
+    for step in range(9):
+        last = token(model, 3, step)
+        torch.testing.assert_close(decode(last, ours), model.hidden_states(last, cache=layers))
+    assert ours.length == layers.length == 16
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_in_one_pool(device: str) -> None:
+    model = model_of(device)
+    pool = Pool(3, 32)
+    caches = [filled(model, 2, 4, pool=PoolRows(pool, 0, 2)), filled(model, 1, 19, pool=PoolRows(pool, 2, 1))]
+    alone = [filled(model, 2, 4), filled(model, 1, 19)]
+    decode = GraphDecoder(model)
+    for step in range(4):
+        last = token(model, 3, step)
+        got = decode(last, RaggedCache(caches, [2, 1]))
+        wanted = [model.hidden_states(last[:2], cache=alone[0]), model.hidden_states(last[2:], cache=alone[1])]
+        torch.testing.assert_close(got, torch.cat(wanted))
+
+
+@torch.no_grad()
+def test_a_cache_that_was_emptied_or_cut_goes_on(device: str) -> None:
+    model = model_of(device)
+    decode, cache = GraphDecoder(model), filled(model, 3, 7)
+    for step in range(3):
+        decode(token(model, 3, step), cache)
+    cache.clear()
+    model.hidden_states(token(model, 3, 9), cache=cache)
+    cache.keep(torch.tensor([0, 2], device=model.device))
+    other = KVCache(model.config.n_layer)
+    model.hidden_states(token(model, 3, 9)[[0, 2]], cache=other)
+    for step in range(3):
+        last = token(model, 2, step)
+        torch.testing.assert_close(decode(last, cache), model.hidden_states(last, cache=other))
+
+
+def test_generation_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of several lengths, of which one stops early and one comes to the end of the context."""
+    model = model_of(device)
+    prompts = [[1, 2, 3], [4, 5, 6], [7] * 60, [8, 9]]
+    options: dict[str, Any] = {"temperature": 0.0, "stop": lambda ids: len(ids) == 5 and ids[0] % 2 == 0}
+    monkeypatch.setattr(generation, "_decoder", lambda model: model.hidden_states)
+    wanted = model.generate(prompts, 12, **options)
+    made: list[GraphDecoder] = []
+
+    def decoder(model: fastlm.GPT) -> GraphDecoder:
+        made.append(GraphDecoder(model))
+        return made[0]
+
+    monkeypatch.setattr(generation, "_decoder", decoder)
+    got = model.generate(prompts, 12, **options)
+    assert made and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_whom_it_suits() -> None:
+    model = model_of("cpu")
+    assert not GraphDecoder.suits(model)
+    if torch.cuda.is_available():
+        assert GraphDecoder.suits(model.cuda())
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not GraphDecoder.suits(model)
+        model.norm.register_forward_hook(lambda *_: None)
+        assert not GraphDecoder.suits(model)
