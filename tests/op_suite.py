@@ -61,8 +61,18 @@ def run(function: Any, arguments: dict[str, Any], upstream: list[Tensor] | None 
     return [o.detach() for o in outputs], list(gradients), upstream
 
 
-def check(name: str, got: Tensor | None, wanted: Tensor | None, textbook: Tensor | None, dtype: torch.dtype) -> None:
-    """The rule: rms and largest error at most twice textbook PyTorch's, plus a few units in the last place."""
+def check(
+    name: str,
+    got: Tensor | None,
+    wanted: Tensor | None,
+    textbook: Tensor | None,
+    dtype: torch.dtype,
+    units: float | None = None,
+) -> None:
+    """The rule: rms and largest error at most twice textbook PyTorch's, plus a few units in the last place.
+
+    units: so many; default: 4 of float32, half a one of the other dtypes.
+    """
     if wanted is None or textbook is None:
         assert got is None or not got.any(), f"{name}: a gradient where there is none"
         return
@@ -79,7 +89,8 @@ def check(name: str, got: Tensor | None, wanted: Tensor | None, textbook: Tensor
             return
     error, allowed = (got.double() - wanted).abs(), (textbook.double() - wanted).abs()
     unit = torch.finfo(dtype).eps * wanted.abs().max().item()
-    floor = (4 if dtype == torch.float32 else 0.5) * unit + torch.finfo(dtype).tiny
+    units = (4 if dtype == torch.float32 else 0.5) if units is None else units
+    floor = units * unit + torch.finfo(dtype).tiny
     rms, rms_allowed = error.square().mean().sqrt().item(), allowed.square().mean().sqrt().item()
     assert rms <= 2 * rms_allowed + floor / 2, f"{name}: rms error {rms:.3g}, textbook PyTorch's is {rms_allowed:.3g}"
     largest, largest_allowed = error.max().item(), allowed.max().item()
@@ -101,11 +112,13 @@ def check_case(backend: str, case: Case, dtype: torch.dtype) -> None:
     with fastlm.backend("reference"):
         wanted, wanted_gradients, _ = run(op, wide(arguments), upstream)
     textbook, textbook_gradients, _ = run(case.eager, arguments, upstream)
+    # On a GPU Triton's products of float32 are three of TF32, whose operands it cuts off instead of rounding them.
+    units = 24 if backend == "triton" and dtype == torch.float32 and torch.cuda.is_available() else None
     for i, (got, want, text) in enumerate(zip(outputs, wanted, textbook, strict=True)):
-        check(f"output {i}", got, want, text, dtype)
+        check(f"output {i}", got, want, text, dtype, units)
     names = differentiable(arguments)
     for name, got, want, text in zip(names, gradients, wanted_gradients, textbook_gradients, strict=True):
-        check(f"d{name}", got, want, text, dtype)
+        check(f"d{name}", got, want, text, dtype, units)
     for first, second in zip([*outputs, *gradients], [*again, *gradients_again], strict=True):
         same = (first is None and second is None) or torch.equal(first, second)
         assert same, "two runs differ"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import fastlm
 from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
 from fastlm.generation.graph import GraphDecoder
+from fastlm.ops import graphs
 
 generation = importlib.import_module("fastlm.generation.generate")  # the package has a function of this name
 
@@ -31,10 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
 
-        def record(self: GraphDecoder, step: Callable[[], None]) -> Callable[[], object]:
-            return step
+        def record(step: Callable[[], None], device: torch.device) -> tuple[Any, None]:
+            return SimpleNamespace(replay=step), None
 
-        monkeypatch.setattr(GraphDecoder, "_record", record)
+        monkeypatch.setattr(graphs, "record", record)
     elif not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
     return request.param

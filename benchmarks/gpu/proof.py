@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +27,10 @@ from fastlm.bench.peers import Peer
 from fastlm.bench.timing import reason_of
 from fastlm.ops import registry
 from fastlm.ops.case import Case, Maker, all_cases
+
+if TYPE_CHECKING:
+    from tests.emulator.conformance import Example
+    from tests.emulator.harness import Harness
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [f"conformance_{topic}" for topic in ("warp", "sm80", "tma", "wgmma", "cluster")]
@@ -48,11 +56,11 @@ def conformance(record: Record) -> None:
     except build.Unavailable as reason:
         raise LeftOut(str(reason)) from None
     wrong, right, written = record.table("Wrong", ("kernel", "how")), 0, {}
-    for example in conformance.all_examples(list(kernels.index)):
-        try:
-            got = kernels.run(example.case, example.read, example.before)
-        except harness.KernelError as error:
-            wrong.add(str(example), reason_of(error))
+    examples = conformance.all_examples(list(kernels.index))
+    outputs = _outputs_of_gpu(len(examples)) if on_gpu else (_output_of(kernels, e) for e in examples)
+    for example, got in zip(examples, outputs, strict=True):
+        if isinstance(got, str):
+            wrong.add(str(example), got)
             continue
         written[str(example)] = gpu_outputs.of(example, got)
         mistake = conformance.mistake(example, got)
@@ -68,6 +76,50 @@ def conformance(record: Record) -> None:
         record.note(f"its outputs are in {gpu_outputs.PATH.relative_to(ROOT)}")
     if wrong.rows:
         raise RuntimeError(f"{len(wrong.rows)} examples are wrong")
+
+
+def _output_of(kernels: Harness, example: Example) -> np.ndarray | str:
+    """What the kernel wrote, or the error that it ended with."""
+    from tests.emulator.harness import KernelError
+
+    try:
+        return kernels.run(example.case, example.read, example.before)
+    except KernelError as error:
+        return reason_of(error)
+
+
+def _outputs_of_gpu(count: int) -> Iterator[np.ndarray | str]:
+    """Those of all examples. A process that has had an error on the GPU is of no more use: the next one goes on."""
+    pool: ProcessPoolExecutor | None = None
+    try:
+        for number in range(count):
+            if pool is None:
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            try:
+                output = pool.submit(_output_of_gpu, number).result(timeout=60)
+            except Exception as error:
+                output = f"its process failed: {reason_of(error)}"
+            if isinstance(output, str):
+                pool.shutdown(wait=False, cancel_futures=True)
+                pool = None
+            yield output
+    finally:
+        if pool is not None:
+            pool.shutdown()
+
+
+def _output_of_gpu(number: int) -> np.ndarray | str:
+    """In a process of its own: the example's by its number."""
+    kernels, examples = _gpu_examples()
+    return _output_of(kernels, examples[number])
+
+
+@functools.cache
+def _gpu_examples() -> tuple[Harness, list[Example]]:
+    from tests.emulator import conformance, harness
+
+    kernels = harness.load_for_gpu(*SOURCES)
+    return kernels, conformance.all_examples(list(kernels.index))
 
 
 def op_suite(record: Record) -> None:
@@ -91,17 +143,18 @@ def run_tests(record: Record, table: Table, name: str, arguments: Sequence[str])
     test is one failure too."""
     counts = {"PASSED": 0, "SKIPPED": 0, "FAILED": 0, "ERROR": 0}
     table.add(name, 0, 0, 0)
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", *arguments]
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", *_in_parallel(), *arguments]
     last = ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             last = line.strip() or last
-            outcome = re.search(r"::\S.* (PASSED|SKIPPED|FAILED|ERROR)\b", line)
-            if outcome is None:
+            found = re.search(r"::\S.* (PASSED|SKIPPED|FAILED|ERROR)\b|^\[gw.*\] (PASSED|SKIPPED|FAILED|ERROR) ", line)
+            if found is None:
                 continue
-            counts[outcome[1]] += 1
-            if outcome[1] in ("FAILED", "ERROR"):
+            outcome = found[1] or found[2]
+            counts[outcome] += 1
+            if outcome in ("FAILED", "ERROR"):
                 record.note(line.strip())
             table.rows[-1] = [name, counts["PASSED"], counts["SKIPPED"], counts["FAILED"] + counts["ERROR"]]
             record.save()
@@ -110,6 +163,12 @@ def run_tests(record: Record, table: Table, name: str, arguments: Sequence[str])
         record.note(f"{name}: pytest ended with {process.returncode}: {last}")
         return 1
     return failed
+
+
+def _in_parallel() -> list[str]:
+    """pytest's arguments for several processes, where there are cores for them: Triton compiles on one at a time."""
+    cores = min(os.cpu_count() or 1, 12)
+    return ["-n", str(cores)] if cores > 2 and importlib.util.find_spec("xdist") is not None else []
 
 
 def reason_of_text(text: str) -> str:
@@ -126,10 +185,16 @@ def sanitizer(record: Record) -> None:
         raise LeftOut("compute-sanitizer is not installed")
     table, failed = record.table("Reports", ("tool", "result")), False
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor has its own bounds
-    for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+    names = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
         command = [tool, "--tool", name, "--kernel-regex", "kns=fastlm", "--error-exitcode", "9"]
         command += [sys.executable, "-m", "benchmarks.gpu", "--small-cases"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        results = dict(zip(names, pool.map(run, names), strict=True))
+    for name, done in results.items():
         summary = re.findall(r"=+ (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", done.stdout)
         table.add(name, summary[-1] if summary else reason_of_text(done.stderr or done.stdout))
         failed = failed or done.returncode != 0

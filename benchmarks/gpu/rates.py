@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from fastlm.bench import timing
 from fastlm.bench.ops import BACKWARD, call_of
 from fastlm.bench.peers import Peer
 from fastlm.ops.case import Case
+
+_FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 holds
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,25 @@ def measure_ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: 
     product = min(timing.seconds_of(lambda: a @ b, 3) for _ in range(10))
     copy = min(timing.seconds_of(lambda: target.copy_(source), 3) for _ in range(10))
     return Ceilings(2.0 * size**3 / product, 2.0 * copied / copy)
+
+
+def kernel_seconds(call: Callable[[], Any], repeats: int = 5) -> float | None:
+    """The time of a call's kernels alone, by the profiler: what is left where a CUDA graph or a long queue hides the
+    launches. Before each call the GPU's cache is filled with other data. None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    other = torch.zeros(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            torch.bitwise_not(other, out=other)
+            call()
+        torch.cuda.synchronize()
+    kernels = (e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and "bitwise_not" not in e.key)
+    return sum(e.self_device_time_total for e in kernels) * 1e-6 / repeats
 
 
 @dataclass(frozen=True)

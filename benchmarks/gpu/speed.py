@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.proof import gpu
-from benchmarks.gpu.rates import Ceilings, Cost, cost_of, measure_ceilings, rate
+from benchmarks.gpu.rates import Ceilings, Cost, cost_of, kernel_seconds, measure_ceilings, rate
 from benchmarks.gpu.record import Record
 from fastlm.bench import ops, report, timing
+from fastlm.bench.ops import call_of
 from fastlm.bench.peers import Peer, peers_of
 from fastlm.bench.steps import Size, Trainer, compare_generation
 from fastlm.bench.timing import BASELINE, Comparison, Result, reason_of
@@ -25,7 +26,7 @@ from fastlm.ops.case import Case, Maker, all_cases
 
 SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PRODUCT_ALONE = "the product alone"  # of linear_act, by torch: no bias, no activation
-MAX_AUTOTUNE = "torch.compile max-autotune"
+COMPILE, MAX_AUTOTUNE = "torch.compile", "torch.compile max-autotune"
 GPT2 = Size("gpt2", GPTConfig.preset("gpt2", vocab_size=50304), 16, 1024)
 NAME = "ceilings"
 
@@ -73,7 +74,7 @@ def _forced(name: str) -> Any:
     return context
 
 
-HEADER = ("work", "mode", "peer", "time", "over eager", "rate", "of the ceiling", "error")
+HEADER = ("work", "mode", "peer", "a call", "over eager", "its kernels", "their rate", "of the ceiling", "error")
 
 
 def every_op(
@@ -137,14 +138,28 @@ def _one_case(
 ) -> None:
     try:
         for comparison in ops.compare(case, dtype, device, 9, seconds, skip, peers):
-            cost = cost_of(case, case.build(Maker(dtype, device)), comparison.mode)
-            _add(record, table, comparison, cost, known)
+            arguments = case.build(Maker(dtype, device))
+            cost = cost_of(case, arguments, comparison.mode)
+            measured = {r.peer for r in comparison.results if r.median is not None}
+            alone = {
+                peer.name: kernel_seconds(call_of(peer, arguments, comparison.mode))
+                for peer in peers(case, arguments)
+                if peer.name in measured - {MAX_AUTOTUNE}  # it would compile anew
+            }
+            _add(record, table, comparison, cost, known, alone)
     except Exception as error:
         record.note(f"{case}: {reason_of(error)}")
 
 
-def _add(record: Record, table: Any, comparison: Comparison, cost: Cost, known: Ceilings | None) -> None:
-    """A row for each peer that was measured, a note for each that was not."""
+def _add(
+    record: Record,
+    table: Any,
+    comparison: Comparison,
+    cost: Cost,
+    known: Ceilings | None,
+    alone: dict[str, float | None],
+) -> None:
+    """A row for each peer that was measured, a note for each that was not. `alone`: the seconds of the kernels."""
     for result in comparison.results:
         if result.median is None:
             if not (result.reason or "").startswith("plain PyTorch"):
@@ -152,11 +167,13 @@ def _add(record: Record, table: Any, comparison: Comparison, cost: Cost, known: 
             continue
         speedup = comparison.speedup(result)
         shown = f"{speedup[0]:.2f}x" if speedup else ""
-        alone = result.peer == PRODUCT_ALONE  # it computes less: its numbers are others
-        error = "" if result.error is None or alone else f"{result.error:.0e}"
-        time = report.duration(result.median)
-        cells = (comparison.name, comparison.mode, result.peer, time, shown)
-        table.add(*cells, *rate(cost, result.median, known), error)
+        less = result.peer == PRODUCT_ALONE  # it computes less: its numbers are others
+        error = "" if result.error is None or less else f"{result.error:.0e}"
+        kernels = alone.get(result.peer)
+        cells = (comparison.name, comparison.mode, result.peer, report.duration(result.median), shown)
+        table.add(
+            *cells, report.duration(kernels) if kernels else "", *rate(cost, kernels or result.median, known), error
+        )
 
 
 def training(
@@ -168,14 +185,15 @@ def training(
     compiled: bool = True,
     seconds: float = 3.0,
 ) -> None:
-    """Training steps in bf16 autocast: fastlm, textbook eager, SDPA; then torch.compile with max-autotune."""
+    """Training steps in bf16 autocast: fastlm, textbook eager, SDPA; then torch.compile, by itself and with
+    max-autotune."""
     if device == "cuda":
         gpu()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     header = ("model and batch", "peer", "step", "tokens/s", "over eager", "rate", "of the product", "first loss")
     table = record.table("Training steps", header)
     turns = [(batch, ("fastlm", BASELINE, "sdpa")) for batch in batches]
-    turns += [(batch, ("fastlm", MAX_AUTOTUNE)) for batch in batches[:1] if compiled]
+    turns += [(batch, ("fastlm", peer)) for peer in (COMPILE, MAX_AUTOTUNE) for batch in batches[:1] if compiled]
     for batch, names in turns:
         _steps(record, table, replace(size, batch=batch), names, dtype, device, known, seconds)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlm.generation.cache import KVCache, RaggedCache, decode_attention, is_decoding
 from fastlm.models.gpt import GPT
+from fastlm.ops import graphs
 
 
 class _Stores(NamedTuple):
@@ -94,7 +95,8 @@ class GraphDecoder:
         elif not self._lengths:  # loads the kernels, which must not happen while recording
             self._step(stores)
         else:
-            self._replay = self._record(lambda: self._step(stores))
+            graph, _ = graphs.record(lambda: self._step(stores), last.device)
+            self._replay = graph.replay
             self._replay()
         cache.advance(1)
         self._lengths = [n + 1 for n in lengths]
@@ -104,16 +106,3 @@ class GraphDecoder:
         """From `_last` and `_at` to `_hidden`; `_at` then is one more."""
         self._hidden = self.model.hidden_states(self._last, cache=_DeviceCache(stores, self._at))
         self._at += 1
-
-    def _record(self, step: Callable[[], None]) -> Callable[[], object]:
-        """A graph of the step, which has not run yet."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._at.device)
-        stream.wait_stream(torch.cuda.current_stream(self._at.device))
-        with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and empty the allocator's cache
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(self._at.device).wait_stream(stream)
-        return graph.replay

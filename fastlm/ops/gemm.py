@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import native
+from fastlm.ops.checks import autocast_off
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 _STORE, _ACTIVATE, _ACTIVATE_BACKWARD = 0, 1, 2  # EpilogueKind in csrc/gemm/gemm.h
@@ -43,6 +44,11 @@ def product(
         scale: a float32 scalar on the device.
         accumulate: add to `out`.
     """
+    if a.is_cuda and a.dtype == out.dtype != torch.float32 and scale is None and not accumulate:
+        # Nothing to fuse, and the library is faster: on an H200 it takes 0.80 to 0.95 of the time of ours. In float32
+        # it would not use the tensor cores.
+        with autocast_off(a):
+            return torch.mm(a, b.T, out=out) if bias is None else torch.addmm(bias, a, b.T, out=out)
     return _run(a, b, _STORE, 0, out, bias=bias, scale=scale, accumulate=accumulate)
 
 

@@ -54,6 +54,7 @@ class TrainingConfig:
     device: str = "auto"  # "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one
     keep_memory: bool = True  # on a CPU: the process keeps freed memory for its next step (allocator.py)
     compile: bool = False  # torch.compile the model
+    cuda_graph: bool = True  # on one GPU, replay a GPT's passes instead of launching their kernels one by one
     parallel: str = "ddp"  # several processes: each holds the model ("ddp") or a part of it ("fsdp", FSDP2)
     gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass
 

@@ -15,12 +15,14 @@ import torch
 
 from fastlm.data import Tokenizer
 from fastlm.data.batches import Loader, forward_arguments
+from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
 from fastlm.optim import clip_grad_norm
 from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.flops import peak_flops
+from fastlm.training.graph import RecordedPass
 from fastlm.training.journal import Journal
 from fastlm.training.optimizer import make_optimizer
 from fastlm.training.progress import Display
@@ -97,6 +99,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.shards or model, config.optimizer, config.training.lr)
         self.peak_flops = peak_flops(self.device, self.precision)
         self.hidden = HiddenStates() if isinstance(model, LSTMLM) else None  # of a recurrent model's streams
+        self.recorded = RecordedPass(self._pass, model.parameters()) if self._can_record() else None
         self.step = 0  # optimizer steps done
         self.train_loss: float | None = None
         self.val_loss: float | None = None  # None until evaluated, and again after a step
@@ -255,10 +258,8 @@ class Trainer:
                 self.averaging.set_requires_gradient_sync(last)
             averages = last or self.shards is not None
             with contextlib.nullcontext() if averages else self.group.not_yet_averaging(self.averaging):
-                with self._autocast():
-                    loss = self._loss(self.forward, arguments, options)
-                (loss / settings.grad_accum).backward()
-            loss_sum += loss.detach()
+                run = self._pass if self.recorded is None or options else self.recorded
+                loss_sum += run(*arguments, **options)
             tokens += arguments[0].numel() * self.group.world_size
         loss_sum = self.group.mean(loss_sum)
         max_norm = settings.grad_clip or math.inf
@@ -275,6 +276,19 @@ class Trainer:
         self.step += 1
         self.val_loss = None
         return tokens
+
+    def _can_record(self) -> bool:
+        """Whether a pass may become a CUDA graph: it then waits for nothing, and is always the same."""
+        settings = self.config.training
+        alone = self.group.world_size == 1 and not settings.compile and not settings.gradient_checkpointing
+        return settings.cuda_graph and self.device.type == "cuda" and type(self.model) is GPT and alone
+
+    def _pass(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Forward and backward pass of one batch; the loss, detached."""
+        with self._autocast():
+            loss = self._loss(self.forward, arguments, options)
+        (loss / self.config.training.grad_accum).backward()
+        return loss.detach()
 
     def _loss(self, forward: Any, arguments: Any, options: dict[str, Any]) -> torch.Tensor:
         if self.hidden is None:
