@@ -28,6 +28,7 @@
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
 #include "optimizer/adamw.h"
+#include "optimizer/adamw_torch.h"
 #include "optimizer/grad_norm.h"
 #include "rotary/rotary.h"
 #include "sampling/sample.h"
@@ -414,6 +415,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward_workspace", &layer_norm_backward_workspace);
   m.def("layer_norm_backward", &layer_norm_backward);
+  define_positional<adamw_steps_torch, 2>(m, "adamw_steps_torch");
+  define_positional<adamw_table_torch, 5>(m, "adamw_table_torch");
   define_positional<layer_norm_forward_torch, 7>(m, "layer_norm_forward_torch");
   define_positional<layer_norm_backward_torch, 7>(m, "layer_norm_backward_torch");
   m.def("activation_forward", &activation_forward);

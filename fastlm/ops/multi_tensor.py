@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 
 import torch
@@ -18,15 +17,15 @@ def chunks_of(numel: int) -> int:
     return -(-numel // CHUNK)
 
 
-def on_device(table: array, device: torch.device) -> Tensor:
+def on_device(table: bytes, device: torch.device) -> Tensor:
     """The table of int64 in the device's memory. The copy waits for nothing, and is kept for the stream's next call."""
     if device.type != "cuda":
-        return torch.tensor(table, dtype=torch.int64, device=device)
+        return _tensor(table)
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             _captured.append(_upload(table, device))
             return _captured[-1][1]
-        key = (device, torch.cuda.current_stream(device).cuda_stream, table.tobytes())
+        key = (device, torch.cuda.current_stream(device).cuda_stream, table)
     if key in _tables:
         _tables.move_to_end(key)
     else:
@@ -36,7 +35,11 @@ def on_device(table: array, device: torch.device) -> Tensor:
     return _tables[key][1]
 
 
-def _upload(table: array, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tensor(table: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(table), dtype=torch.int64) if table else torch.empty(0, dtype=torch.int64)
+
+
+def _upload(table: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
     """The table in pinned memory, and its copy on the device."""
-    host = torch.tensor(table, dtype=torch.int64).pin_memory()
+    host = _tensor(table).pin_memory()
     return host, host.to(device, non_blocking=True)

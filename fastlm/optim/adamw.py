@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm.ops import checks
 from fastlm.ops.adamw import adamw_
+from fastlm.ops.adamw.native import common_step
 from fastlm.optim.tracing import base_method, untraced
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # kept wide and contiguous
@@ -135,7 +136,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _calls(self, group: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int, _Batch]]:
         """The group's parameters that have gradients, by device and by the steps they have seen: mostly one batch."""
-        batches: dict[tuple[torch.device, int], _Batch] = defaultdict(list)
+        found: _Batch = []
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -145,8 +146,11 @@ class AdamW(torch.optim.Optimizer):
                     f"AdamW: the gradient of {name}, shape {tuple(p.shape)}, is sparse ({p.grad.layout}); only dense"
                     " gradients are supported (torch.optim.SparseAdam takes sparse ones)"
                 )
-            state = self._state_of(p, group)
-            batches[p.device, int(state["step"].item())].append((p, state))
+            found.append((p, self._state_of(p, group)))
+        steps = common_step([state["step"] for _, state in found])
+        batches: dict[tuple[torch.device, int], _Batch] = defaultdict(list)
+        for p, state in found:
+            batches[p.device, int(state["step"].item()) if steps is None else steps].append((p, state))
         for (_, step), batch in batches.items():
             yield group, step, batch
 
@@ -183,7 +187,9 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | T
         grad_scale=grad_scale,
         maximize=group["maximize"],
     )
-    torch._foreach_add_([s["step"] for s in states], 1)
+    steps = [s["step"] for s in states]
+    if common_step(steps, add_one=True) is None:
+        torch._foreach_add_(steps, 1)
 
 
 def _on_device_of(p: Tensor, grad_scale: float | Tensor) -> float | Tensor:

@@ -56,6 +56,13 @@ def adamw_(
         ValueError: shapes, dtypes, devices or layouts do not fit together.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
+    if max_exp_avg_sqs is None and masters is None and len(params) > 0:
+        rows = native.table_of(params, grads, exp_avgs, exp_avg_sqs)
+        if rows is not None:
+            _check_step(params[0], step, grad_scale)
+            module = cuda if params[0].is_cuda else native
+            module.step_rows(*rows, params[0], step, lr, beta1, beta2, eps, weight_decay, grad_scale, maximize)
+            return
     call = _prepare(
         params,
         grads,
@@ -108,13 +115,8 @@ def _prepare(
     for name, tensors in {"grads": grads, **states}.items():
         if len(tensors) != count:
             raise ValueError(f"adamw: {name} must hold one tensor for each of the {count} params, got {len(tensors)}")
-    if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != params[0].device):
-        raise ValueError(
-            f"adamw: a tensor grad_scale must have one element and be on {params[0].device} like the params,"
-            f" got shape {tuple(grad_scale.shape)} on {grad_scale.device}"
-        )
-    if step < 1:
-        raise ValueError(f"adamw: step is counted from 1, got {step}")
+    if count > 0:
+        _check_step(params[0], step, grad_scale)
     for i, p in enumerate(params):
         if p.dtype not in checks.FLOATS:
             checks.floating("adamw", **{f"params[{i}]": p})
@@ -144,6 +146,16 @@ def _prepare(
         grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
         bool(maximize),
     )
+
+
+def _check_step(first: Tensor, step: int, grad_scale: float | Tensor) -> None:
+    if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != first.device):
+        raise ValueError(
+            f"adamw: a tensor grad_scale must have one element and be on {first.device} like the params,"
+            f" got shape {tuple(grad_scale.shape)} on {grad_scale.device}"
+        )
+    if step < 1:
+        raise ValueError(f"adamw: step is counted from 1, got {step}")
 
 
 def _check_gradient(i: int, p: Tensor, grad: Tensor) -> None:

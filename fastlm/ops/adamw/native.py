@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import library, multi_tensor, native, registry
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 
@@ -68,6 +68,43 @@ class Rows:
         """Write to the parameters what the kernel could not write itself."""
         for p, updated in self._copies:
             p.copy_(updated)
+
+
+def table_of(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
+) -> tuple[bytes, int] | None:
+    """The kernel's table, and on a GPU its chunks, made in C++. None: somebody looks at the calls, another backend is
+    forced, or a tensor is not packed or breaks the contract."""
+    on_cuda = params[0].is_cuda
+    if library.watched() or registry._forced not in ("auto", params[0].device.type) or not native.reads_tensors():
+        return None
+    if on_cuda and native.cuda_unavailable() is not None:
+        return None
+    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs))
+    return native.C.adamw_table_torch(*lists, multi_tensor.CHUNK if on_cuda else 0)
+
+
+def common_step(steps: list[Tensor], add_one: bool = False) -> int | None:
+    """What all these CPU scalars hold, to each of which 1 is added then; None where they differ, or without the C++."""
+    return native.C.adamw_steps_torch(steps, add_one) if native.reads_tensors() else None
+
+
+def step_rows(
+    table: bytes,
+    chunks: int,
+    first: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | Tensor,
+    maximize: bool,
+) -> None:
+    """A step by a table of `table_of`."""
+    rows = memoryview(table).cast("q")
+    native.C.adamw_step(rows, lr, beta1, beta2, eps, weight_decay, step, float(grad_scale), maximize)
 
 
 def step(

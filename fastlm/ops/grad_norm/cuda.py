@@ -18,7 +18,7 @@ def norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     result = torch.empty(2, dtype=torch.float32, device=first.device)
     sums = torch.empty(chunks, dtype=torch.float64, device=first.device)
     with native.on_its_device(first):
-        rows = multi_tensor.on_device(table, first.device)
+        rows = multi_tensor.on_device(table.tobytes(), first.device)
         native.C.grad_norm_cuda(
             rows.data_ptr(), len(packed), chunks, sums.data_ptr(), max_norm, result.data_ptr(), native.stream(first)
         )
