@@ -24,6 +24,7 @@
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/layer_norm_torch.h"
+#include "linear/column_sums.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -368,6 +369,13 @@ py::dict pool_state_dict() {
   return d;
 }
 
+void column_sums_on_cuda(Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride, int type,
+                         Address stream) {
+  const ColumnSums p{at<void>(x), at<void>(sums), at<float>(workspace), rows, cols, stride, dtype(type)};
+  py::gil_scoped_release release;
+  column_sums_cuda(p, at<void>(stream));
+}
+
 // rows: the address of AdamWRow on the device. grad_scale_on_device: of a float there, or 0.
 void adamw_step_on_cuda(Address rows, int64_t count, int64_t chunks, double lr, double beta1, double beta2, double eps,
                         double weight_decay, int64_t step, float grad_scale, bool maximize, Address grad_scale_on_device,
@@ -427,6 +435,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
   m.def("skinny_linear", &skinny_linear);
+  m.def("column_sums_workspace_cuda", &column_sums_workspace_cuda);
+  m.def("column_sums_cuda", &column_sums_on_cuda);
   m.def("decode", &decode);
   m.def("lstm_forward", &lstm_forward);
   m.def("lstm_forward_workspace", &lstm_forward_workspace_cpu);

@@ -8,6 +8,7 @@
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
 #include "layer_norm/layer_norm.h"
+#include "linear/column_sums.h"
 #include "optimizer/adamw.h"
 #include "optimizer/grad_norm.h"
 #include "rotary/rotary.h"
@@ -30,6 +31,8 @@ void attention_backward_cuda(const AttentionInputs&, const AttentionGradients&, 
 int64_t layer_norm_backward_workspace_cuda(int64_t, int64_t, int) { no_cuda(); }
 void layer_norm_forward_cuda(const LayerNormForward&, void*) { no_cuda(); }
 void layer_norm_backward_cuda(const LayerNormBackward&, int, void*) { no_cuda(); }
+int64_t column_sums_workspace_cuda(int64_t, int64_t) { no_cuda(); }
+void column_sums_cuda(const ColumnSums&, void*) { no_cuda(); }
 void rotary_cuda(const Rotary&, void*) { no_cuda(); }
 void embedding_forward_cuda(const EmbeddingForward&, void*) { no_cuda(); }
 int64_t embedding_backward_workspace_cuda(int64_t, int64_t) { no_cuda(); }

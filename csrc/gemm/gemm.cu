@@ -1,6 +1,7 @@
 // The GEMM's host side: checks, plan, workspace, launches; and the sum of the bias gradient's parts.
 #include "common/error.h"
 #include "gemm/gemm_kernel_sm90.h"
+#include "linear/sum_parts.h"
 
 namespace fastlm {
 namespace cuda {
@@ -18,29 +19,6 @@ void with_type(DType t, F&& f) {
   if (t == DType::bf16) f(__nv_bfloat16());
   else if (t == DType::f16) f(__half());
   else f(float());
-}
-
-constexpr int kSumRows = 32;  // a 32 x 32 block: a warp reads 32 neighbouring columns, 32 warps share the parts
-
-// dbias = the sum of the parts, in an order that depends on their number alone.
-__global__ void __launch_bounds__(32 * kSumRows)
-    sum_columns(const float* parts, const int64_t count, const int64_t cols, void* dbias, const DType type) {
-  FASTLM_SHARED(float, sums, 32 * kSumRows);
-  const int64_t c = 32 * static_cast<int64_t>(blockIdx.x) + threadIdx.x;
-  float sum = 0.0f;
-  if (c < cols) {
-    for (int64_t i = threadIdx.y; i < count; i += kSumRows) sum += parts[i * cols + c];
-  }
-  sums[32 * threadIdx.y + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || c >= cols) return;
-  for (int i = 1; i < kSumRows; i++) sum += sums[32 * i + threadIdx.x];
-  store_from_float(dbias, c, type, sum);
-}
-
-void run_sum_columns(const float* parts, int64_t count, int64_t cols, void* dbias, DType type, cudaStream_t stream) {
-  launch("gemm_sum_columns", {grid_of(ceil_div(cols, 32), 1), dim3(32, kSumRows), 0, stream}, sum_columns, parts, count, cols,
-         dbias, type);
 }
 
 bool address_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -15,10 +15,14 @@ _SMALL_RESULT = 2 << 20  # bytes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; on the CPU `fastlm.ops.linear` where that is more: for the few rows of decoding, for large results, and
-    where the processor has no instructions for the dtype. On a GPU and in a graph of torch.compile it is PyTorch's."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """F.linear, and `fastlm.ops.linear` where that is more: on a GPU where the bias has a gradient; on the CPU for the
+    few rows of decoding, for large results, and where the processor has no instructions for the dtype. In a graph of
+    torch.compile it is PyTorch's."""
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         return F.linear(x, weight, bias)
+    if x.is_cuda:
+        trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        return ops.linear(x, weight, bias) if trains else F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         size = x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

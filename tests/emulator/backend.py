@@ -21,6 +21,7 @@ from fastlm.ops.decode_attention import native as decode_attention
 from fastlm.ops.embedding import native as embedding
 from fastlm.ops.grad_norm import cuda as grad_norm
 from fastlm.ops.layer_norm import native as layer_norm
+from fastlm.ops.linear import cuda as linear
 from fastlm.ops.linear_cross_entropy import cuda as linear_cross_entropy
 from fastlm.ops.mlp import cuda as mlp
 from fastlm.ops.rotary import native as rotary
@@ -90,6 +91,12 @@ class Compiled:
     def gemm(self, *arguments: Any) -> None:
         *arguments, _sms, _wgmma, stream = arguments
         module().gemm(*arguments, MULTIPROCESSORS, HOPPER, stream)
+
+    def column_sums_workspace_cuda(self, rows: int, cols: int) -> int:
+        return module().column_sums_workspace_cuda(rows, cols)
+
+    def column_sums_cuda(self, *arguments: Any) -> None:
+        module().column_sums_cuda(*arguments)
 
     def activation_backward_workspace_cuda(self, rows: int, cols: int) -> int:
         return module().activation_backward_workspace_cuda(rows, cols)
@@ -163,6 +170,7 @@ def register() -> None:
         registry.register_implementation(op, NAME, Emulated(layer_norm))
     registry.register_implementation("rotary", NAME, Emulated(rotary))
     registry.register_implementation("embedding", NAME, Emulated(embedding))
+    registry.register_implementation("linear", NAME, Emulated(linear))
     for op in ("linear_act", "mlp"):
         registry.register_implementation(op, NAME, Emulated(mlp))
     registry.register_implementation("adamw", NAME, Emulated(adamw))

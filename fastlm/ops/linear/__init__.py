@@ -1,7 +1,8 @@
 """A linear layer: x @ weight.T + bias.
 
 Large products belong to the machine's library (cuBLAS, oneDNN, MKL), through torch. What is ours: on the CPU the few
-rows of decoding run through a kernel that reads each weight once, and large results come from kept memory.
+rows of decoding run through a kernel that reads each weight once, and large results come from kept memory; on a GPU the
+bias gradient is summed at the speed of memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, library, registry
-from fastlm.ops.linear import native, reference, triton
+from fastlm.ops.linear import cuda, native, reference, triton
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,4 +110,4 @@ _backward = library.define(
     _backward_fake,
 )
 
-registry.register("linear", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)
+registry.register("linear", _prepare, reference=reference, cpu=native, cuda=cuda, triton=triton)

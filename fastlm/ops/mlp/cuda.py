@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import gemm, native
+from fastlm.ops.linear.cuda import column_sums
 from fastlm.ops.mlp.native import CODE, unsupported
 from fastlm.ops.mlp.reference import GATED
 from fastlm.ops.native import DTYPE_CODE
@@ -86,7 +87,7 @@ def mlp_backward(
     if hidden is not None:
         gemm.product(dys.T, hidden.T, dproj_weight)
         del hidden
-    dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
+    dproj_bias = column_sums(dys) if needs[4] else dy.new_empty(0)
     return (*_linear_gradients(dpre, x, fc_weight, needs), dfc_bias, dproj_weight, dproj_bias)
 
 

@@ -1,0 +1,19 @@
+// The sum of a matrix's rows on the GPU: the gradient of a linear layer's bias.
+#pragma once
+#include "common/dtype.h"
+
+namespace fastlm {
+
+struct ColumnSums {
+  const void* x;       // (rows, cols), rows contiguous
+  void* sums;          // (cols), x's type
+  float* workspace;    // column_sums_workspace_cuda floats
+  int64_t rows, cols, stride;
+  DType type;
+};
+
+int64_t column_sums_workspace_cuda(int64_t rows, int64_t cols);
+// In float32, in an order that depends on the sizes alone.
+void column_sums_cuda(const ColumnSums& p, void* stream);
+
+}  // namespace fastlm
