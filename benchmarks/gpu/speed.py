@@ -23,9 +23,11 @@ from fastlm.bench.steps import Size, Trainer, compare_generation
 from fastlm.bench.timing import BASELINE, Comparison, Result, reason_of
 from fastlm.models.gpt import GPTConfig
 from fastlm.ops.case import Case, Maker, all_cases
+from fastlm.training.graph import RecordedPass
 
 SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PRODUCT_ALONE = "the product alone"  # of linear_act, by torch: no bias, no activation
+RECORDED = "fastlm recorded"
 COMPILE, MAX_AUTOTUNE = "torch.compile", "torch.compile max-autotune"
 GPT2 = Size("gpt2", GPTConfig.preset("gpt2", vocab_size=50304), 16, 1024)
 NAME = "ceilings"
@@ -185,15 +187,15 @@ def training(
     compiled: bool = True,
     seconds: float = 3.0,
 ) -> None:
-    """Training steps in bf16 autocast: fastlm, textbook eager, SDPA; then torch.compile, by itself and with
-    max-autotune."""
+    """Training steps in bf16 autocast: fastlm, launched and recorded, textbook eager, SDPA; then torch.compile, by
+    itself and with max-autotune."""
     if device == "cuda":
         gpu()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     header = ("model and batch", "peer", "step", "tokens/s", "over eager", "rate", "of the product", "first loss")
     table = record.table("Training steps", header)
-    turns = [(batch, ("fastlm", BASELINE, "sdpa")) for batch in batches]
-    turns += [(batch, ("fastlm", peer)) for peer in (COMPILE, MAX_AUTOTUNE) for batch in batches[:1] if compiled]
+    turns = [(batch, ("fastlm", RECORDED, BASELINE, "sdpa")) for batch in batches]
+    turns += [(batch, (RECORDED, peer)) for peer in (COMPILE, MAX_AUTOTUNE) for batch in batches[:1] if compiled]
     for batch, names in turns:
         _steps(record, table, replace(size, batch=batch), names, dtype, device, known, seconds)
 
@@ -231,11 +233,21 @@ def _steps(
 
 
 def _trainer(name: str, size: Size, dtype: torch.dtype, device: str) -> Trainer:
+    if name == RECORDED:
+        return _recorded(Trainer("fastlm", size, dtype, device))
     if name != MAX_AUTOTUNE:
         return Trainer(name, size, dtype, device)
     trainer = Trainer("sdpa", size, dtype, device)
     compiled: nn.Module = torch.compile(trainer.model, mode="max-autotune")  # type: ignore[assignment]
     trainer.model = compiled
+    return trainer
+
+
+def _recorded(trainer: Trainer) -> Trainer:
+    """The same with its passes replayed, as `fastlm train` has them on one GPU."""
+    direct = trainer.backward
+    run = RecordedPass(lambda *batch: direct(), trainer.model.parameters())
+    trainer.backward = lambda: run(trainer.idx, trainer.targets)  # type: ignore[method-assign]
     return trainer
 
 
