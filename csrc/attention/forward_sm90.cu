@@ -1,0 +1,395 @@
+// attention.h on CUDA, forward, for Hopper (Shah et al.: FlashAttention-3, arXiv:2407.08608). Blocks of threads, one a
+// multiprocessor, go from work to work: a block of query rows of one head. A warpgroup that only loads fills rings of key
+// and value tiles by TMA; the others own 64 rows each, whose scores, weights and outputs stay in their registers.
+//
+// The tensor cores are to be busy all the time. So a warpgroup starts the scores of a tile together with the outputs of the
+// tile before, and computes the weights of the one while the other is under way; and the warpgroups take turns at starting
+// products, so that one's softmax falls into the others' products.
+#include "attention/sm80/launch.h"
+#include "attention/sm90/forward.h"
+#include "attention/sm90/forward_schedule.h"
+#include "attention/sm90/forward_softmax.h"
+#include "common/cuda/ptx_barrier.h"
+#include "common/cuda/ptx_matrix.h"
+#include "common/cuda/ptx_mbarrier.h"
+#include "common/cuda/ptx_tma.h"
+#include "common/cuda/ptx_warpgroup.h"
+#include "common/cuda/ptx_wgmma.h"
+
+namespace fastlm {
+namespace cuda {
+namespace {
+
+template <class T>
+constexpr auto kWgmmaType = sizeof(T) == 2 && std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
+template <class T>
+constexpr auto kMapType = std::is_same_v<T, __half> ? ElementType::f16 : ElementType::bf16;
+
+// Tiles lie in shared memory in panels of 64 elements, rows of 128 bytes whose 16-byte pieces the swizzle permutes.
+constexpr int kPanel = 64, kPanelRow = 128, kAtomBytes = 8 * kPanelRow;
+
+template <class T, int kWidth_>
+struct Shape {
+  static constexpr int kWidth = kWidth_, kPanels = kWidth / kPanel;
+  static constexpr int kGroups = kWidth <= 64 ? 3 : 2;  // warpgroups that compute
+  static constexpr int kRows = 64 * kGroups, kColumns = 128;
+  static constexpr int kStages = kWidth <= 64 ? 3 : 2;  // of keys, and of values
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  // Of a multiprocessor's 65536.
+  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;
+  static constexpr int kRowsBytes = kRows * kWidth * 2, kTileBytes = kColumns * kWidth * 2;
+  static constexpr int kBytes = 2 * kRowsBytes + 2 * kStages * kTileBytes;  // queries, outputs, keys, values
+};
+
+// Where a warpgroup is in a ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  FASTLM_DEVICE void advance() {
+    const bool last = stage == kStages - 1;
+    parity ^= last ? 1 : 0;
+    stage = last ? 0 : stage + 1;
+  }
+};
+
+// The mbarriers of a ring: a stage is full, and empty again.
+struct Stages {
+  uint32_t data, full, empty;
+};
+
+template <class S>
+struct Shared {
+  uint32_t q, q_full, q_empty;
+  Stages k, v;
+
+  FASTLM_DEVICE Shared(uint32_t data, uint32_t barriers) : q(data), q_full(barriers), q_empty(barriers + 8) {
+    k = {data + S::kRowsBytes, barriers + 16, barriers + 16 + 8 * S::kStages};
+    v = {k.data + S::kStages * S::kTileBytes, k.empty + 8 * S::kStages, k.empty + 16 * S::kStages};
+  }
+  FASTLM_DEVICE void init() const {
+    ptx::mbarrier_init(q_full, 1);
+    ptx::mbarrier_init(q_empty, 4 * S::kGroups);  // every warp that has read it
+    for (int i = 0; i < S::kStages; i++) {
+      for (const Stages& s : {k, v}) {
+        ptx::mbarrier_init(s.full + 8 * i, 1);
+        ptx::mbarrier_init(s.empty + 8 * i, 4 * S::kGroups);
+      }
+    }
+    ptx::mbarrier_fence_init();
+  }
+};
+
+// The one thread that loads. Keys come one tile ahead of the values.
+template <class S>
+FASTLM_DEVICE void load_all(const AttentionInputs& p, const Grid& grid, const Shared<S>& shared, const TensorMap* q_map,
+                            const TensorMap* k_map, const TensorMap* v_map) {
+  Ring<S::kStages> k_ring, v_ring;
+  uint32_t q_parity = 0;
+  const int shared_heads = static_cast<int>(p.heads / p.kv_heads);
+  auto load_tile = [](const Stages& stages, Ring<S::kStages>& ring, const TensorMap* map, int row, int head, int batch) {
+    const uint32_t full = stages.full + 8 * ring.stage, to = stages.data + ring.stage * S::kTileBytes;
+    ptx::mbarrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, S::kTileBytes);
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; panel++) {
+      const int at[4] = {panel * kPanel, row, head, batch};
+      ptx::tma_load(to + panel * S::kColumns * kPanelRow, map, full, at);
+    }
+    ring.advance();
+  };
+  ForwardWorks works(grid);
+#pragma unroll 1
+  for (int i = works.next(); i >= 0; i = works.next()) {
+    const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
+    if (work.tiles == 0) continue;
+    const int batch = p.cu_seqlens == nullptr ? work.sequence : 0, kv_head = work.head / shared_heads;
+    int row = work.first + (work.tiles - 1) * S::kColumns;
+    load_tile(shared.k, k_ring, k_map, row, kv_head, batch);
+    ptx::mbarrier_wait(shared.q_empty, q_parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(shared.q_full, S::kRowsBytes);
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; panel++) {
+      const int at[4] = {panel * kPanel, work.row0, work.head, batch};
+      ptx::tma_load(shared.q + panel * S::kRows * kPanelRow, q_map, shared.q_full, at);
+    }
+    q_parity ^= 1;
+#pragma unroll 1
+    for (; row >= work.first; row -= S::kColumns) {
+      if (row > work.first) load_tile(shared.k, k_ring, k_map, row - S::kColumns, kv_head, batch);
+      load_tile(shared.v, v_ring, v_map, row, kv_head, batch);
+    }
+  }
+}
+
+// Starts the scores of 64 rows with a tile's keys.
+template <class T, class S>
+FASTLM_DEVICE void start_scores(float (&s)[S::kColumns / 2], uint32_t q, uint32_t k) {
+  const uint64_t rows = ptx::wgmma_descriptor(q, 16, kAtomBytes, Swizzle::b128);
+  const uint64_t columns = ptx::wgmma_descriptor(k, 16, kAtomBytes, Swizzle::b128);
+#pragma unroll
+  for (int step = 0; step < S::kWidth / 16; step++) {
+    const int panel = step / 4, inside = step % 4 * 32;  // bytes
+    ptx::Wgmma<S::kColumns, kWgmmaType<T>>::template ss<>(s, rows + (panel * S::kRows * kPanelRow + inside) / 16,
+                                                          columns + (panel * S::kColumns * kPanelRow + inside) / 16, step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Starts adding a tile's values, times their weights.
+template <class T, class S>
+FASTLM_DEVICE void start_outputs(float (&out)[S::kWidth / 2], const uint32_t (&weights)[S::kColumns / 16][4], uint32_t v) {
+  const uint64_t values = ptx::wgmma_descriptor(v, S::kColumns * kPanelRow, kAtomBytes, Swizzle::b128);
+#pragma unroll
+  for (int step = 0; step < S::kColumns / 16; step++) {
+    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], values + step * 2 * kAtomBytes / 16, true);
+  }
+  ptx::wgmma_commit();
+}
+
+// Values of another sequence's rows, which TMA has loaded behind the last of this one, become zeros: what is not seen has the
+// weight 0, and 0 * NaN is NaN. Every warpgroup does it for itself, before its product.
+template <class S>
+FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  for (int i = 8 * first + thread; i < 8 * S::kColumns; i += 128) {
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; panel++) {
+      *reinterpret_cast<uint4*>(v + panel * S::kColumns * kPanelRow + 16 * i) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  ptx::fence_proxy_async();
+  ptx::barrier_sync(barrier, 128);
+}
+
+// The outputs and the lse of a warp's 16 rows, through its part of shared memory, from where whole rows are stored.
+template <class T, class S>
+FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardWork& work, int warp_row, const float (&out)[S::kWidth / 2],
+                              const ForwardSoftmax& softmax, unsigned char* staging, T* to, float* lse) {
+  const int lane = threadIdx.x % 32;
+  const int64_t batch = p.cu_seqlens == nullptr ? work.sequence : 0;
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float sum = softmax.whole_sum(half);
+    factor[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
+    if (sum != sum) factor[half] = sum;  // NaN stays NaN
+    const int row = warp_row + lane / 4 + 8 * half;
+    if (lane % 4 == 0 && row < work.span.row_end) lse[(batch * p.heads + work.head) * p.rows + row] = softmax.lse(half, sum);
+  }
+  constexpr int kChunks = S::kWidth / 8, kPanelBytes = 16 * kPanelRow;
+  auto offset = [](int row, int chunk) { return chunk / 8 * kPanelBytes + row * kPanelRow + ((chunk % 8 ^ row % 8) << 4); };
+  __syncwarp();  // everybody has read what was there
+  const uint32_t address = ptx::shared_address(staging);
+#pragma unroll
+  for (int j = 0; j < kChunks / 2; j++) {
+    uint32_t r[4];  // rows 0 to 7 and 8 to 15 of 8 columns, then of the next 8
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      r[m] = pack(out[8 * j + 2 * m] * factor[m % 2], out[8 * j + 2 * m + 1] * factor[m % 2], T());
+    }
+    ptx::stmatrix(address + offset(lane % 16, 2 * j + lane / 16), r);
+  }
+  __syncwarp();
+  const int64_t stride = p.heads * p.width;
+  T* rows = to + ((batch * p.rows + warp_row) * p.heads + work.head) * p.width;
+  const int chunks = static_cast<int>(p.width / 8);
+#pragma unroll
+  for (int i = 0; i < 16 * kChunks; i += 32) {
+    const int row = (i + lane) / kChunks, chunk = (i + lane) % kChunks;
+    if (warp_row + row < work.span.row_end && chunk < chunks) {
+      reinterpret_cast<uint4*>(rows + row * stride)[chunk] = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
+    }
+  }
+}
+
+// A warpgroup that computes. Its turn at starting products is the named barrier 1 + group, at which the group before arrives.
+// Every group takes as many turns as there are tiles, those it sees nothing of included: nobody waits for a turn that never
+// comes. A stage is given back only after it was full, so that no group is ahead by more than a phase of its barriers.
+template <class T, class S>
+FASTLM_DEVICE void compute_all(const AttentionInputs& p, const Grid& grid, const Shared<S>& shared, int group, unsigned char* data,
+                               T* to, float* lse) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const float factor = p.scale * kLog2E;
+  const uint32_t q = shared.q + group * 64 * kPanelRow;
+  unsigned char* staging = data + S::kRowsBytes + 2 * S::kStages * S::kTileBytes + (4 * group + warp) * 16 * S::kWidth * 2;
+  auto take_turn = [&] { ptx::barrier_sync(1 + group, 256); };
+  auto pass_turn = [&] { ptx::barrier_arrive(1 + (group + 1) % S::kGroups, 256); };
+  auto release = [&](uint32_t mbarrier) {
+    if (lane == 0) ptx::mbarrier_arrive(mbarrier);
+  };
+
+  Ring<S::kStages> k_ring, v_ring;
+  uint32_t q_parity = 0;
+  auto wait_full = [&](const Stages& stages, const Ring<S::kStages>& ring) {
+    ptx::mbarrier_wait(stages.full + 8 * ring.stage, ring.parity);
+  };
+  auto give_back = [&](const Stages& stages, Ring<S::kStages>& ring) {
+    release(stages.empty + 8 * ring.stage);
+    ring.advance();
+  };
+  auto tile_of = [&](const Stages& stages, const Ring<S::kStages>& ring) { return stages.data + ring.stage * S::kTileBytes; };
+  auto skip = [&](int tiles) {
+#pragma unroll 1
+    for (int t = 0; t < tiles; t++) {
+      wait_full(shared.k, k_ring);
+      take_turn();
+      pass_turn();
+      give_back(shared.k, k_ring);
+      wait_full(shared.v, v_ring);
+      give_back(shared.v, v_ring);
+    }
+  };
+
+  if (group == S::kGroups - 1) pass_turn();  // the first turn is group 0's
+  ForwardWorks works(grid);
+#pragma unroll 1
+  for (int i = works.next(); i >= 0; i = works.next()) {
+    const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
+    const int row = work.row0 + 64 * group, warp_row = row + 16 * warp;
+    const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
+    ForwardSoftmax softmax;
+    float out[S::kWidth / 2] = {};
+    if (work.tiles > 0) {
+      ptx::mbarrier_wait(shared.q_full, q_parity);
+      q_parity ^= 1;
+      skip(seen.begin);
+      if (seen.begin < seen.end) {
+        float s[S::kColumns / 2], decay[2];
+        uint32_t weights[S::kColumns / 16][4];
+        int column = work.first + (work.tiles - 1 - seen.begin) * S::kColumns;
+        auto mask = [&] {
+          if (work.span.sees_all(row, row + 64, column, column + S::kColumns)) return;
+          hide(work.span, warp_row + lane / 4, column + 2 * (lane % 4), s);
+        };
+        auto values = [&](int first) {  // the values of the tile from this column on
+          wait_full(shared.v, v_ring);
+          if (p.cu_seqlens != nullptr && first + S::kColumns > work.span.column_end) {
+            clear_values<S>(data + (tile_of(shared.v, v_ring) - shared.q), work.span.column_end - first, 1 + S::kGroups + group);
+          }
+        };
+
+        wait_full(shared.k, k_ring);
+        take_turn();
+        ptx::wgmma_fence();
+        start_scores<T, S>(s, q, tile_of(shared.k, k_ring));
+        pass_turn();
+        ptx::wgmma_wait<0>();
+        pin(s);
+        give_back(shared.k, k_ring);
+        mask();
+        softmax.add(s, factor, decay);
+        pack_weights<T>(s, weights);
+
+#pragma unroll 1
+        for (int t = seen.begin + 1; t < seen.end; t++) {
+          wait_full(shared.k, k_ring);
+          values(column);
+          take_turn();
+          ptx::wgmma_fence();
+          start_scores<T, S>(s, q, tile_of(shared.k, k_ring));
+          start_outputs<T, S>(out, weights, tile_of(shared.v, v_ring));
+          pass_turn();
+          ptx::wgmma_wait<1>();
+          pin(s);
+          give_back(shared.k, k_ring);
+          column -= S::kColumns;
+          mask();
+          softmax.add(s, factor, decay);
+          pin(s);  // all of it before the wait
+          ptx::wgmma_wait<0>();
+          pin(out);
+          pin(s);
+          give_back(shared.v, v_ring);
+          pack_weights<T>(s, weights);
+          rescale(out, decay);
+        }
+        release(shared.q_empty);
+        values(column);
+        ptx::wgmma_fence();
+        start_outputs<T, S>(out, weights, tile_of(shared.v, v_ring));
+        ptx::wgmma_wait<0>();
+        pin(out);
+        give_back(shared.v, v_ring);
+      } else {
+        release(shared.q_empty);
+      }
+      skip(work.tiles - seen.end);
+    }
+    store_rows<T, S>(p, work, warp_row, out, softmax, staging, to, lse);
+  }
+  if (group == 0) take_turn();  // the last one that was passed
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
+    attention_forward_wgmma(const __grid_constant__ AttentionInputs p, const Grid grid, const __grid_constant__ TensorMap q_map,
+                            const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, T* __restrict__ out,
+                            float* __restrict__ lse) {
+#ifdef FASTLM_SM90A
+  using S = Shape<T, kWidth>;
+  FASTLM_SHARED_DYNAMIC(data, 1024);
+  FASTLM_SHARED(uint64_t, barriers, 2 + 4 * S::kStages);
+  const Shared<S> shared(ptx::shared_address(data), ptx::shared_address(barriers));
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);  // the same in a warp, as the compiler now knows
+  if (group == 0) {
+    ptx::setmaxnreg_decrease<S::kLoadRegisters>();
+    if (threadIdx.x < 32 && ptx::elect_one()) load_all<S>(p, grid, shared, &q_map, &k_map, &v_map);
+  } else {
+    ptx::setmaxnreg_increase<S::kRegisters>();
+    compute_all<T, S>(p, grid, shared, group - 1, data, out, lse);
+  }
+#endif
+}
+
+// (width, rows, heads, batch), a panel of box_rows rows at a time.
+template <class T>
+TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows, int64_t heads, int64_t width, int box_rows) {
+  auto stride = [&](int64_t size, int64_t elements) {  // of one element nobody takes a step, but TMA checks the stride
+    return static_cast<uint64_t>(size == 1 ? width : elements) * sizeof(T);
+  };
+  TensorMapSpec spec{data, kMapType<T>, 4, {}, {}, {}, Swizzle::b128};
+  const int64_t sizes[] = {width, rows, heads, batch}, boxes[] = {kPanel, box_rows, 1, 1};
+  for (int d = 0; d < 4; d++) spec.size[d] = static_cast<uint64_t>(sizes[d]), spec.box[d] = static_cast<uint32_t>(boxes[d]);
+  spec.stride_bytes[1] = stride(rows, s.row);
+  spec.stride_bytes[2] = stride(heads, s.head);
+  spec.stride_bytes[3] = stride(batch, s.batch);
+  return make_tensor_map(spec);
+}
+
+template <class T, int kWidth>
+void launch_forward(const AttentionInputs& p, void* out, float* lse, cudaStream_t stream) {
+  using S = Shape<T, kWidth>;
+  const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
+  const int works = grid.blocks * grid.heads * grid.sequences;
+  if (works == 0) return;
+  launch("attention_forward", {dim3(static_cast<unsigned>(std::min(works, multiprocessors()))), dim3(S::kThreads), S::kBytes, stream},
+         attention_forward_wgmma<T, kWidth>, p, grid, map_of<T>(p.q, p.q_strides, p.batch, p.rows, p.heads, p.width, S::kRows),
+         map_of<T>(p.k, p.k_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns),
+         map_of<T>(p.v, p.v_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns), static_cast<T*>(out), lse);
+}
+
+}  // namespace
+
+bool attention_forward_sm90_takes(const AttentionInputs& p) {
+  auto readable = [&](const Strides& s, int64_t rows, int64_t heads) {  // by TMA: not rows that lie over each other
+    auto fine = [](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < int64_t{1} << 38); };
+    return fine(p.batch, s.batch) && fine(rows, s.row) && fine(heads, s.head);
+  };
+  return p.wgmma && !has_general_kernel(p) && p.width <= 128 && p.columns > 0 && readable(p.q_strides, p.rows, p.heads) &&
+         readable(p.k_strides, p.columns, p.kv_heads) && readable(p.v_strides, p.columns, p.kv_heads);
+}
+
+void attention_forward_sm90(const AttentionInputs& p, void* out, float* lse, void* stream) {
+  auto with_type = [&](auto type) {
+    using T = decltype(type);
+    p.width <= 64 ? launch_forward<T, 64>(p, out, lse, static_cast<cudaStream_t>(stream))
+                  : launch_forward<T, 128>(p, out, lse, static_cast<cudaStream_t>(stream));
+  };
+  p.type == DType::f16 ? with_type(__half()) : with_type(__nv_bfloat16());
+}
+
+}  // namespace cuda
+}  // namespace fastlm
