@@ -14,9 +14,10 @@ from torch import Tensor
 import fastlm
 from fastlm import ops
 from fastlm.ops import native
-from fastlm.ops.attention.cases import eager_attention
+from fastlm.ops.attention.cases import CASES, eager_attention
+from fastlm.ops.case import Case
 from tests.emulator import backend as emulator
-from tests.op_suite import check, wide
+from tests.op_suite import check, check_case, wide
 
 
 def sixteen_bit(test: Callable) -> Callable:
@@ -168,3 +169,9 @@ def test_what_the_kernel_does_not_take(attention: Attention) -> None:
     attention.check({"q": q, "k": k[:, :, :1].expand(1, 40, 2, 64), "v": v})
     q, k, v = (attention.randn(1, 20, 1, 136, dtype=torch.bfloat16, seed=seed) for seed in (1, 2, 3))
     attention.check({"q": q, "k": k, "v": v})
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "large" not in c.traits], ids=lambda c: c.name)
+def test_the_cases_of_attention(device: str, case: Case) -> None:
+    """Whichever kernel takes them, and the backward from what this one leaves."""
+    check_case("emulator" if device == "cpu" else "cuda", case, torch.bfloat16)

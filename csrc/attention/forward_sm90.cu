@@ -33,12 +33,13 @@ struct Shape {
   static constexpr int kWidth = kWidth_, kPanels = kWidth / kPanel;
   static constexpr int kGroups = kWidth <= 64 ? 3 : 2;  // warpgroups that compute
   static constexpr int kRows = 64 * kGroups, kColumns = 128;
-  static constexpr int kStages = kWidth <= 64 ? 3 : 2;  // of keys, and of values
+  static constexpr int kStages = kWidth <= 64 ? 3 : 2, kQStages = 2;  // of keys, and of values; of queries
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Of a multiprocessor's 65536.
   static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40, kRegisters = kGroups == 3 ? 160 : 232;
   static constexpr int kRowsBytes = kRows * kWidth * 2, kTileBytes = kColumns * kWidth * 2;
-  static constexpr int kBytes = 2 * kRowsBytes + 2 * kStages * kTileBytes;  // queries, outputs, keys, values
+  static constexpr int kOut = kQStages * kRowsBytes + 2 * kStages * kTileBytes;  // behind queries, keys and values: outputs
+  static constexpr int kBytes = kOut + kRowsBytes, kBarriers = 2 * kQStages + 4 * kStages;
 };
 
 // Where a warpgroup is in a ring of stages.
@@ -53,29 +54,56 @@ struct Ring {
   }
 };
 
-// The mbarriers of a ring: a stage is full, and empty again.
+// The stages of a ring in shared memory, and their mbarriers: a stage is full, and empty again.
+template <int kStages, int kPanels, int kBytes>
 struct Stages {
+  using Ring = cuda::Ring<kStages>;
   uint32_t data, full, empty;
+
+  FASTLM_DEVICE Stages(uint32_t data, uint32_t barriers) : data(data), full(barriers), empty(barriers + 8 * kStages) {}
+  FASTLM_DEVICE uint32_t data_end() const { return data + kStages * kBytes; }
+  FASTLM_DEVICE uint32_t barriers_end() const { return empty + 8 * kStages; }
+
+  FASTLM_DEVICE void init(int readers) const {
+    for (int i = 0; i < kStages; i++) {
+      ptx::mbarrier_init(full + 8 * i, 1);
+      ptx::mbarrier_init(empty + 8 * i, readers);
+    }
+  }
+  FASTLM_DEVICE uint32_t tile(const Ring& ring) const { return data + ring.stage * kBytes; }
+
+  // The box of panels, from a row of a head on, into the ring's next stage.
+  FASTLM_DEVICE void load(Ring& ring, const TensorMap* map, int row, int head, int batch) const {
+    const uint32_t mbarrier = full + 8 * ring.stage;
+    ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(mbarrier, kBytes);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; panel++) {
+      const int at[4] = {panel * kPanel, row, head, batch};
+      ptx::tma_load(tile(ring) + panel * (kBytes / kPanels), map, mbarrier, at);
+    }
+    ring.advance();
+  }
+  FASTLM_DEVICE void wait(const Ring& ring) const { ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity); }
+  // By a warp that has read the stage.
+  FASTLM_DEVICE void give_back(Ring& ring) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + 8 * ring.stage);
+    ring.advance();
+  }
 };
 
 template <class S>
 struct Shared {
-  uint32_t q, q_full, q_empty;
-  Stages k, v;
+  Stages<S::kQStages, S::kPanels, S::kRowsBytes> q;
+  Stages<S::kStages, S::kPanels, S::kTileBytes> k, v;
 
-  FASTLM_DEVICE Shared(uint32_t data, uint32_t barriers) : q(data), q_full(barriers), q_empty(barriers + 8) {
-    k = {data + S::kRowsBytes, barriers + 16, barriers + 16 + 8 * S::kStages};
-    v = {k.data + S::kStages * S::kTileBytes, k.empty + 8 * S::kStages, k.empty + 16 * S::kStages};
-  }
+  FASTLM_DEVICE Shared(uint32_t data, uint32_t barriers)
+      : q(data, barriers), k(q.data_end(), q.barriers_end()), v(k.data_end(), k.barriers_end()) {}
   FASTLM_DEVICE void init() const {
-    ptx::mbarrier_init(q_full, 1);
-    ptx::mbarrier_init(q_empty, 4 * S::kGroups);  // every warp that has read it
-    for (int i = 0; i < S::kStages; i++) {
-      for (const Stages& s : {k, v}) {
-        ptx::mbarrier_init(s.full + 8 * i, 1);
-        ptx::mbarrier_init(s.empty + 8 * i, 4 * S::kGroups);
-      }
-    }
+    constexpr int kWarps = 4 * S::kGroups;
+    q.init(kWarps);
+    k.init(kWarps);
+    v.init(kWarps);
     ptx::mbarrier_fence_init();
   }
 };
@@ -84,20 +112,9 @@ struct Shared {
 template <class S>
 FASTLM_DEVICE void load_all(const AttentionInputs& p, const Grid& grid, const Shared<S>& shared, const TensorMap* q_map,
                             const TensorMap* k_map, const TensorMap* v_map) {
+  Ring<S::kQStages> q_ring;
   Ring<S::kStages> k_ring, v_ring;
-  uint32_t q_parity = 0;
   const int shared_heads = static_cast<int>(p.heads / p.kv_heads);
-  auto load_tile = [](const Stages& stages, Ring<S::kStages>& ring, const TensorMap* map, int row, int head, int batch) {
-    const uint32_t full = stages.full + 8 * ring.stage, to = stages.data + ring.stage * S::kTileBytes;
-    ptx::mbarrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, S::kTileBytes);
-#pragma unroll
-    for (int panel = 0; panel < S::kPanels; panel++) {
-      const int at[4] = {panel * kPanel, row, head, batch};
-      ptx::tma_load(to + panel * S::kColumns * kPanelRow, map, full, at);
-    }
-    ring.advance();
-  };
   ForwardWorks works(grid);
 #pragma unroll 1
   for (int i = works.next(); i >= 0; i = works.next()) {
@@ -105,19 +122,12 @@ FASTLM_DEVICE void load_all(const AttentionInputs& p, const Grid& grid, const Sh
     if (work.tiles == 0) continue;
     const int batch = p.cu_seqlens == nullptr ? work.sequence : 0, kv_head = work.head / shared_heads;
     int row = work.first + (work.tiles - 1) * S::kColumns;
-    load_tile(shared.k, k_ring, k_map, row, kv_head, batch);
-    ptx::mbarrier_wait(shared.q_empty, q_parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(shared.q_full, S::kRowsBytes);
-#pragma unroll
-    for (int panel = 0; panel < S::kPanels; panel++) {
-      const int at[4] = {panel * kPanel, work.row0, work.head, batch};
-      ptx::tma_load(shared.q + panel * S::kRows * kPanelRow, q_map, shared.q_full, at);
-    }
-    q_parity ^= 1;
+    shared.q.load(q_ring, q_map, work.row0, work.head, batch);
+    shared.k.load(k_ring, k_map, row, kv_head, batch);
 #pragma unroll 1
     for (; row >= work.first; row -= S::kColumns) {
-      if (row > work.first) load_tile(shared.k, k_ring, k_map, row - S::kColumns, kv_head, batch);
-      load_tile(shared.v, v_ring, v_map, row, kv_head, batch);
+      if (row > work.first) shared.k.load(k_ring, k_map, row - S::kColumns, kv_head, batch);
+      shared.v.load(v_ring, v_map, row, kv_head, batch);
     }
   }
 }
@@ -211,33 +221,20 @@ FASTLM_DEVICE void compute_all(const AttentionInputs& p, const Grid& grid, const
                                T* to, float* lse) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float factor = p.scale * kLog2E;
-  const uint32_t q = shared.q + group * 64 * kPanelRow;
-  unsigned char* staging = data + S::kRowsBytes + 2 * S::kStages * S::kTileBytes + (4 * group + warp) * 16 * S::kWidth * 2;
+  unsigned char* staging = data + S::kOut + (4 * group + warp) * 16 * S::kWidth * 2;
   auto take_turn = [&] { ptx::barrier_sync(1 + group, 256); };
   auto pass_turn = [&] { ptx::barrier_arrive(1 + (group + 1) % S::kGroups, 256); };
-  auto release = [&](uint32_t mbarrier) {
-    if (lane == 0) ptx::mbarrier_arrive(mbarrier);
-  };
-
+  Ring<S::kQStages> q_ring;
   Ring<S::kStages> k_ring, v_ring;
-  uint32_t q_parity = 0;
-  auto wait_full = [&](const Stages& stages, const Ring<S::kStages>& ring) {
-    ptx::mbarrier_wait(stages.full + 8 * ring.stage, ring.parity);
-  };
-  auto give_back = [&](const Stages& stages, Ring<S::kStages>& ring) {
-    release(stages.empty + 8 * ring.stage);
-    ring.advance();
-  };
-  auto tile_of = [&](const Stages& stages, const Ring<S::kStages>& ring) { return stages.data + ring.stage * S::kTileBytes; };
   auto skip = [&](int tiles) {
 #pragma unroll 1
     for (int t = 0; t < tiles; t++) {
-      wait_full(shared.k, k_ring);
+      shared.k.wait(k_ring);
       take_turn();
       pass_turn();
-      give_back(shared.k, k_ring);
-      wait_full(shared.v, v_ring);
-      give_back(shared.v, v_ring);
+      shared.k.give_back(k_ring);
+      shared.v.wait(v_ring);
+      shared.v.give_back(v_ring);
     }
   };
 
@@ -251,68 +248,67 @@ FASTLM_DEVICE void compute_all(const AttentionInputs& p, const Grid& grid, const
     ForwardSoftmax softmax;
     float out[S::kWidth / 2] = {};
     if (work.tiles > 0) {
-      ptx::mbarrier_wait(shared.q_full, q_parity);
-      q_parity ^= 1;
+      shared.q.wait(q_ring);
+      const uint32_t q = shared.q.tile(q_ring) + group * 64 * kPanelRow;
       skip(seen.begin);
       if (seen.begin < seen.end) {
         float s[S::kColumns / 2], decay[2];
         uint32_t weights[S::kColumns / 16][4];
         int column = work.first + (work.tiles - 1 - seen.begin) * S::kColumns;
         auto mask = [&] {
-          if (work.span.sees_all(row, row + 64, column, column + S::kColumns)) return;
-          hide(work.span, warp_row + lane / 4, column + 2 * (lane % 4), s);
+          hide(work.span, row, column, warp_row + lane / 4, column + 2 * (lane % 4), s);
         };
         auto values = [&](int first) {  // the values of the tile from this column on
-          wait_full(shared.v, v_ring);
+          shared.v.wait(v_ring);
           if (p.cu_seqlens != nullptr && first + S::kColumns > work.span.column_end) {
-            clear_values<S>(data + (tile_of(shared.v, v_ring) - shared.q), work.span.column_end - first, 1 + S::kGroups + group);
+            clear_values<S>(data + (shared.v.tile(v_ring) - shared.q.data), work.span.column_end - first, 1 + S::kGroups + group);
           }
         };
 
-        wait_full(shared.k, k_ring);
+        shared.k.wait(k_ring);
         take_turn();
         ptx::wgmma_fence();
-        start_scores<T, S>(s, q, tile_of(shared.k, k_ring));
+        start_scores<T, S>(s, q, shared.k.tile(k_ring));
         pass_turn();
         ptx::wgmma_wait<0>();
         pin(s);
-        give_back(shared.k, k_ring);
+        shared.k.give_back(k_ring);
         mask();
         softmax.add(s, factor, decay);
         pack_weights<T>(s, weights);
 
 #pragma unroll 1
         for (int t = seen.begin + 1; t < seen.end; t++) {
-          wait_full(shared.k, k_ring);
+          shared.k.wait(k_ring);
           values(column);
           take_turn();
           ptx::wgmma_fence();
-          start_scores<T, S>(s, q, tile_of(shared.k, k_ring));
-          start_outputs<T, S>(out, weights, tile_of(shared.v, v_ring));
+          start_scores<T, S>(s, q, shared.k.tile(k_ring));
+          start_outputs<T, S>(out, weights, shared.v.tile(v_ring));
           pass_turn();
           ptx::wgmma_wait<1>();
           pin(s);
-          give_back(shared.k, k_ring);
+          shared.k.give_back(k_ring);
           column -= S::kColumns;
           mask();
           softmax.add(s, factor, decay);
-          pin(s);  // all of it before the wait
+          complete(softmax.sum[0] + softmax.sum[1]);
           ptx::wgmma_wait<0>();
           pin(out);
           pin(s);
-          give_back(shared.v, v_ring);
+          shared.v.give_back(v_ring);
           pack_weights<T>(s, weights);
           rescale(out, decay);
         }
-        release(shared.q_empty);
+        shared.q.give_back(q_ring);
         values(column);
         ptx::wgmma_fence();
-        start_outputs<T, S>(out, weights, tile_of(shared.v, v_ring));
+        start_outputs<T, S>(out, weights, shared.v.tile(v_ring));
         ptx::wgmma_wait<0>();
         pin(out);
-        give_back(shared.v, v_ring);
+        shared.v.give_back(v_ring);
       } else {
-        release(shared.q_empty);
+        shared.q.give_back(q_ring);
       }
       skip(work.tiles - seen.end);
     }
@@ -329,7 +325,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
 #ifdef FASTLM_SM90A
   using S = Shape<T, kWidth>;
   FASTLM_SHARED_DYNAMIC(data, 1024);
-  FASTLM_SHARED(uint64_t, barriers, 2 + 4 * S::kStages);
+  FASTLM_SHARED(uint64_t, barriers, S::kBarriers);
   const Shared<S> shared(ptx::shared_address(data), ptx::shared_address(barriers));
   if (threadIdx.x == 0) shared.init();
   __syncthreads();

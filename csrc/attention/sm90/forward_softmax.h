@@ -18,18 +18,40 @@ FASTLM_DEVICE void pin(float (&r)[kCount]) {
 #endif
 }
 
-// Scores that are not visible become -inf. row and column: of this thread's first element.
+// What `sum` is computed from comes before what follows: ptxas, else, moves the wait for a product up to where the product
+// is started. The trap, which no sum of weights runs into, is an effect that it keeps in its place.
+FASTLM_DEVICE void complete(float sum) {
+#ifdef __CUDACC__
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p nanosleep.u32 0;\n}" ::"f"(sum) : "memory");
+#else
+  static_cast<void>(sum);
+#endif
+}
+
+// Scores that are not visible become -inf. row and column: of this thread's first element. The warpgroup's tile has the 64
+// rows from tile_row on and kCount * 2 columns from tile_column on; most tiles are seen whole, most others cut on one side.
 template <int kCount>
-FASTLM_DEVICE void hide(const Span& span, int row, int column, float (&s)[kCount]) {
-  const int first = span.column - column, end = span.column_end - column, aligned = row + span.diagonal - column;
+FASTLM_DEVICE void hide(const Span& span, int tile_row, int tile_column, int row, int column, float (&s)[kCount]) {
+  const int aligned = row + span.diagonal - column, tile_end = tile_column + 2 * kCount;
+  if (tile_end > min(span.column_end, tile_row + span.diagonal + span.right + 1)) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int at = aligned + 8 * half, low = max(first, at - span.left), high = min(end, at + span.right + 1);
+    for (int half = 0; half < 2; half++) {
+      const int high = min(span.column_end - column, aligned + 8 * half + span.right + 1);
 #pragma unroll
-    for (int n = 0; n < kCount / 4; n++) {
+      for (int i = 0; i < kCount / 2; i++) {
+        const int n = i / 2, e = i % 2;
+        if (8 * n + e >= high) s[4 * n + 2 * half + e] = -kInfinity;
+      }
+    }
+  }
+  if (tile_column < max(span.column, tile_row + 63 + span.diagonal - span.left)) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        if (8 * n + e < low || 8 * n + e >= high) s[4 * n + 2 * half + e] = -kInfinity;
+    for (int half = 0; half < 2; half++) {
+      const int low = max(span.column - column, aligned + 8 * half - span.left);
+#pragma unroll
+      for (int i = 0; i < kCount / 2; i++) {
+        const int n = i / 2, e = i % 2;
+        if (8 * n + e < low) s[4 * n + 2 * half + e] = -kInfinity;
       }
     }
   }
