@@ -171,7 +171,7 @@ def test_what_the_kernel_does_not_take(attention: Attention) -> None:
     attention.check({"q": q, "k": k, "v": v})
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "large" not in c.traits], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.bench and "large" not in c.traits], ids=lambda c: c.name)
 def test_the_cases_of_attention(device: str, case: Case) -> None:
     """Whichever kernel takes them, and the backward from what this one leaves."""
     check_case("emulator" if device == "cpu" else "cuda", case, torch.bfloat16)

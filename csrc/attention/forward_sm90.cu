@@ -172,12 +172,16 @@ FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   ptx::barrier_sync(barrier, 128);
 }
 
+// A warpgroup's rows of a work.
+struct ForwardRows {
+  int batch, head, first, end;  // of its sequence
+};
+
 // The outputs and the lse of a warp's 16 rows, through its part of shared memory, from where whole rows are stored.
 template <class T, class S>
-FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardWork& work, int warp_row, const float (&out)[S::kWidth / 2],
+FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, const float (&out)[S::kWidth / 2],
                               const ForwardSoftmax& softmax, unsigned char* staging, T* to, float* lse) {
-  const int lane = threadIdx.x % 32;
-  const int64_t batch = p.cu_seqlens == nullptr ? work.sequence : 0;
+  const int lane = threadIdx.x % 32, warp_row = at.first + 16 * (threadIdx.x / 32 % 4);
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -185,7 +189,7 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardWork& work,
     factor[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
     if (sum != sum) factor[half] = sum;  // NaN stays NaN
     const int row = warp_row + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && row < work.span.row_end) lse[(batch * p.heads + work.head) * p.rows + row] = softmax.lse(half, sum);
+    if (lane % 4 == 0 && row < at.end) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
   }
   constexpr int kChunks = S::kWidth / 8, kPanelBytes = 16 * kPanelRow;
   auto offset = [](int row, int chunk) { return chunk / 8 * kPanelBytes + row * kPanelRow + ((chunk % 8 ^ row % 8) << 4); };
@@ -202,12 +206,12 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardWork& work,
   }
   __syncwarp();
   const int64_t stride = p.heads * p.width;
-  T* rows = to + ((batch * p.rows + warp_row) * p.heads + work.head) * p.width;
+  T* rows = to + ((at.batch * p.rows + warp_row) * p.heads + at.head) * p.width;
   const int chunks = static_cast<int>(p.width / 8);
 #pragma unroll
   for (int i = 0; i < 16 * kChunks; i += 32) {
     const int row = (i + lane) / kChunks, chunk = (i + lane) % kChunks;
-    if (warp_row + row < work.span.row_end && chunk < chunks) {
+    if (warp_row + row < at.end && chunk < chunks) {
       reinterpret_cast<uint4*>(rows + row * stride)[chunk] = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
     }
   }
@@ -216,17 +220,36 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardWork& work,
 // A warpgroup that computes. Its turn at starting products is the named barrier 1 + group, at which the group before arrives.
 // Every group takes as many turns as there are tiles, those it sees nothing of included: nobody waits for a turn that never
 // comes. A stage is given back only after it was full, so that no group is ahead by more than a phase of its barriers.
+//
+// A tile's outputs are started together with the next tile's scores, also where that is the next work's first: only then is
+// a work stored. Until then the tile's values keep their stage, so that at most kStages - 1 other tiles can be skipped.
 template <class T, class S>
-FASTLM_DEVICE void compute_all(const AttentionInputs& p, const Grid& grid, const Shared<S>& shared, int group, unsigned char* data,
-                               T* to, float* lse) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const float factor = p.scale * kLog2E;
-  unsigned char* staging = data + S::kOut + (4 * group + warp) * 16 * S::kWidth * 2;
-  auto take_turn = [&] { ptx::barrier_sync(1 + group, 256); };
-  auto pass_turn = [&] { ptx::barrier_arrive(1 + (group + 1) % S::kGroups, 256); };
+struct Compute {
+  const AttentionInputs& p;
+  const Shared<S>& shared;
+  const int group;
+  unsigned char* const data;
+  T* const to;
+  float* const lse;
+
   Ring<S::kQStages> q_ring;
   Ring<S::kStages> k_ring, v_ring;
-  auto skip = [&](int tiles) {
+  bool pending = false;         // the last tile's outputs are not started yet
+  Ring<S::kStages> pending_v;   // the stage of its values
+  int pending_clear = S::kColumns;  // from this row on they are of another sequence
+  ForwardRows rows;             // whose outputs these are
+  ForwardSoftmax softmax;
+  float out[S::kWidth / 2];
+  uint32_t weights[S::kColumns / 16][4];
+
+  FASTLM_DEVICE void take_turn() const { ptx::barrier_sync(1 + group, 256); }
+  FASTLM_DEVICE void pass_turn() const { ptx::barrier_arrive(1 + (group + 1) % S::kGroups, 256); }
+  FASTLM_DEVICE void store(const ForwardRows& at, const float (&values)[S::kWidth / 2], const ForwardSoftmax& of) const {
+    const int warp = threadIdx.x / 32 % 4;
+    store_rows<T, S>(p, at, values, of, data + S::kOut + (4 * group + warp) * 16 * S::kWidth * 2, to, lse);
+  }
+
+  FASTLM_DEVICE void skip(int tiles) {
 #pragma unroll 1
     for (int t = 0; t < tiles; t++) {
       shared.k.wait(k_ring);
@@ -236,86 +259,125 @@ FASTLM_DEVICE void compute_all(const AttentionInputs& p, const Grid& grid, const
       shared.v.wait(v_ring);
       shared.v.give_back(v_ring);
     }
-  };
+  }
 
-  if (group == S::kGroups - 1) pass_turn();  // the first turn is group 0's
-  ForwardWorks works(grid);
+  FASTLM_DEVICE void wait_for_values() const {
+    shared.v.wait(pending_v);
+    if (pending_clear < S::kColumns) {
+      clear_values<S>(data + (shared.v.tile(pending_v) - shared.q.data), pending_clear, 1 + S::kGroups + group);
+    }
+  }
+
+  // The next tile's outputs are pending: its first column, and that of the first column of no sequence or of another.
+  FASTLM_DEVICE void set_pending(int column, int column_end) {
+    pending = true;
+    pending_v = v_ring;
+    v_ring.advance();
+    if (p.cu_seqlens != nullptr) pending_clear = min(S::kColumns, column_end - column);
+  }
+
+  FASTLM_DEVICE void reset() {
+#pragma unroll
+    for (int i = 0; i < S::kWidth / 2; i++) out[i] = 0.0f;
+  }
+
+  // Ends what is pending, and stores it.
+  FASTLM_DEVICE void flush() {
+    if (!pending) return;
+    wait_for_values();
+    ptx::wgmma_fence();
+    start_outputs<T, S>(out, weights, shared.v.tile(pending_v));
+    ptx::wgmma_wait<0>();
+    pin(out);
+    shared.v.give_back(pending_v);
+    store(rows, out, softmax);
+    pending = false;
+  }
+
+  FASTLM_DEVICE void run(const Grid& grid) {
+    const float factor = p.scale * kLog2E;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    if (group == S::kGroups - 1) pass_turn();  // the first turn is group 0's
+    ForwardWorks works(grid);
 #pragma unroll 1
-  for (int i = works.next(); i >= 0; i = works.next()) {
-    const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
-    const int row = work.row0 + 64 * group, warp_row = row + 16 * warp;
-    const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
-    ForwardSoftmax softmax;
-    float out[S::kWidth / 2] = {};
-    if (work.tiles > 0) {
-      shared.q.wait(q_ring);
-      const uint32_t q = shared.q.tile(q_ring) + group * 64 * kPanelRow;
+    for (int i = works.next(); i >= 0; i = works.next()) {
+      const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
+      const int row = work.row0 + 64 * group;
+      const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row_end};
+      const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
+      const bool sees = seen.begin < seen.end;
+      if (work.tiles > 0) shared.q.wait(q_ring);
+      if (!sees || seen.begin >= S::kStages) flush();
       skip(seen.begin);
-      if (seen.begin < seen.end) {
+      if (sees) {
+        const uint32_t q = shared.q.tile(q_ring) + group * 64 * kPanelRow;
+        const int row_of_thread = row + 16 * warp + lane / 4;
         float s[S::kColumns / 2], decay[2];
-        uint32_t weights[S::kColumns / 16][4];
-        int column = work.first + (work.tiles - 1 - seen.begin) * S::kColumns;
-        auto mask = [&] {
-          hide(work.span, row, column, warp_row + lane / 4, column + 2 * (lane % 4), s);
-        };
-        auto values = [&](int first) {  // the values of the tile from this column on
-          shared.v.wait(v_ring);
-          if (p.cu_seqlens != nullptr && first + S::kColumns > work.span.column_end) {
-            clear_values<S>(data + (shared.v.tile(v_ring) - shared.q.data), work.span.column_end - first, 1 + S::kGroups + group);
-          }
-        };
-
-        shared.k.wait(k_ring);
-        take_turn();
-        ptx::wgmma_fence();
-        start_scores<T, S>(s, q, shared.k.tile(k_ring));
-        pass_turn();
-        ptx::wgmma_wait<0>();
-        pin(s);
-        shared.k.give_back(k_ring);
-        mask();
-        softmax.add(s, factor, decay);
-        pack_weights<T>(s, weights);
-
-#pragma unroll 1
-        for (int t = seen.begin + 1; t < seen.end; t++) {
+        int t = seen.begin, column = work.first + (work.tiles - 1 - t) * S::kColumns;
+        if (!pending) {
           shared.k.wait(k_ring);
-          values(column);
           take_turn();
           ptx::wgmma_fence();
           start_scores<T, S>(s, q, shared.k.tile(k_ring));
-          start_outputs<T, S>(out, weights, shared.v.tile(v_ring));
+          pass_turn();
+          ptx::wgmma_wait<0>();
+          pin(s);
+          shared.k.give_back(k_ring);
+          hide(work.span, row, column, row_of_thread, column + 2 * (lane % 4), s);
+          softmax = {};
+          softmax.add(s, factor, decay);
+          pack_weights<T>(s, weights);
+          reset();
+          rows = here;
+          set_pending(column, work.span.column_end);
+          t++;
+          column -= S::kColumns;
+        }
+#pragma unroll 1
+        for (; t < seen.end; t++, column -= S::kColumns) {
+          shared.k.wait(k_ring);
+          wait_for_values();
+          take_turn();
+          ptx::wgmma_fence();
+          start_scores<T, S>(s, q, shared.k.tile(k_ring));
+          start_outputs<T, S>(out, weights, shared.v.tile(pending_v));
           pass_turn();
           ptx::wgmma_wait<1>();
           pin(s);
           shared.k.give_back(k_ring);
-          column -= S::kColumns;
-          mask();
+          hide(work.span, row, column, row_of_thread, column + 2 * (lane % 4), s);
+          const bool fresh = t == seen.begin;  // the outputs are another work's
+          const ForwardSoftmax before = softmax;
+          if (fresh) softmax = {};
           softmax.add(s, factor, decay);
           complete(softmax.sum[0] + softmax.sum[1]);
           ptx::wgmma_wait<0>();
           pin(out);
           pin(s);
-          shared.v.give_back(v_ring);
+          shared.v.give_back(pending_v);
           pack_weights<T>(s, weights);
-          rescale(out, decay);
+          if (fresh) {
+            store(rows, out, before);
+            reset();
+            rows = here;
+          } else {
+            rescale(out, decay);
+          }
+          set_pending(column, work.span.column_end);
         }
-        shared.q.give_back(q_ring);
-        values(column);
-        ptx::wgmma_fence();
-        start_outputs<T, S>(out, weights, shared.v.tile(v_ring));
-        ptx::wgmma_wait<0>();
-        pin(out);
-        shared.v.give_back(v_ring);
-      } else {
-        shared.q.give_back(q_ring);
       }
+      if (work.tiles > 0) shared.q.give_back(q_ring);
+      if (seen.end < work.tiles) flush();
       skip(work.tiles - seen.end);
+      if (!sees) {
+        const float nothing[S::kWidth / 2] = {};
+        store(here, nothing, ForwardSoftmax());
+      }
     }
-    store_rows<T, S>(p, work, warp_row, out, softmax, staging, to, lse);
+    flush();
+    if (group == 0) take_turn();  // the last one that was passed
   }
-  if (group == 0) take_turn();  // the last one that was passed
-}
+};
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
@@ -335,7 +397,7 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
     if (threadIdx.x < 32 && ptx::elect_one()) load_all<S>(p, grid, shared, &q_map, &k_map, &v_map);
   } else {
     ptx::setmaxnreg_increase<S::kRegisters>();
-    compute_all<T, S>(p, grid, shared, group - 1, data, out, lse);
+    Compute<T, S>{p, shared, group - 1, data, out, lse}.run(grid);
   }
 #endif
 }
