@@ -172,9 +172,9 @@ FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   ptx::barrier_sync(barrier, 128);
 }
 
-// A warpgroup's rows of a work.
+// A warpgroup's rows of a work: from `first` on, up to the sequence's end.
 struct ForwardRows {
-  int batch, head, first, end;  // of its sequence
+  int batch, head, first, end;
 };
 
 // The outputs and the lse of a warp's 16 rows, through its part of shared memory, from where whole rows are stored.
@@ -186,8 +186,7 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const float sum = softmax.whole_sum(half);
-    factor[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
-    if (sum != sum) factor[half] = sum;  // NaN stays NaN
+    factor[half] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     const int row = warp_row + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < at.end) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
   }
@@ -205,14 +204,15 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
     ptx::stmatrix(address + offset(lane % 16, 2 * j + lane / 16), r);
   }
   __syncwarp();
-  const int64_t stride = p.heads * p.width;
-  T* rows = to + ((at.batch * p.rows + warp_row) * p.heads + at.head) * p.width;
-  const int chunks = static_cast<int>(p.width / 8);
+  // A lane has the same chunk of every kStep-th row.
+  constexpr int kStep = 32 / kChunks;
+  const int64_t step = kStep * p.heads * p.width;
+  const int first = lane / kChunks, chunk = lane % kChunks, end = chunk < static_cast<int>(p.width / 8) ? at.end : 0;
+  T* row = to + ((static_cast<int64_t>(at.batch) * p.rows + warp_row + first) * p.heads + at.head) * p.width + 8 * chunk;
 #pragma unroll
-  for (int i = 0; i < 16 * kChunks; i += 32) {
-    const int row = (i + lane) / kChunks, chunk = (i + lane) % kChunks;
-    if (warp_row + row < at.end && chunk < chunks) {
-      reinterpret_cast<uint4*>(rows + row * stride)[chunk] = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
+  for (int i = 0; i < 16; i += kStep, row += step) {
+    if (warp_row + first + i < end) {
+      *reinterpret_cast<uint4*>(row) = *reinterpret_cast<const uint4*>(staging + offset(first + i, chunk));
     }
   }
 }

@@ -106,9 +106,9 @@ struct ForwardSoftmax {
     all += __shfl_xor_sync(kFullWarp, all, 1);
     return all + __shfl_xor_sync(kFullWarp, all, 2);
   }
-  FASTLM_DEVICE float lse(int half, float whole) const {
+  FASTLM_DEVICE float lse(int half, float whole) const {  // of no column: -inf
     constexpr float kLn2 = 0.6931471805599453f;
-    return whole == 0.0f ? -kInfinity : base[half] * kLn2 + logf(whole);
+    return kLn2 * (base[half] + ptx::log2_approx(whole));
   }
 };
 
