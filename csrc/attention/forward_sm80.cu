@@ -4,6 +4,7 @@
 #include "attention/sm80/fragments.h"
 #include "attention/sm80/launch.h"
 #include "attention/sm80/scores.h"
+#include "attention/sm90/forward.h"
 
 namespace fastlm {
 namespace cuda {
@@ -188,6 +189,7 @@ void attention_forward_cuda(const AttentionInputs& p, void* out, float* lse, voi
   using namespace cuda;
   check_inputs(p);
   if (p.batch == 0 || p.rows == 0) return;
+  if (attention_forward_sm90_takes(p)) return attention_forward_sm90(p, out, lse, stream);
   with_variant(p, [&](auto variant) {
     using V = decltype(variant);
     using T = typename V::type;
