@@ -35,6 +35,8 @@ Options options_from_environment() {
   o.resident = static_cast<int>(number("FASTLM_EMULATOR_RESIDENT", 64));
   if (o.resident < 1) throw std::invalid_argument("FASTLM_EMULATOR_RESIDENT=0; wanted at least 1");
   o.shared = number("FASTLM_EMULATOR_SHARED", o.shared);
+  o.multiprocessors = static_cast<int>(number("FASTLM_EMULATOR_MULTIPROCESSORS", 2));
+  if (o.multiprocessors < 1) throw std::invalid_argument("FASTLM_EMULATOR_MULTIPROCESSORS=0; wanted at least 1");
   return o;
 }
 

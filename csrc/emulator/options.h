@@ -1,6 +1,6 @@
 // How the emulator runs a grid: FASTLM_EMULATOR_SCHEDULE (fifo, lifo, random), FASTLM_EMULATOR_SEED (of random),
 // FASTLM_EMULATOR_RESIDENT (the most blocks, or clusters, that run at a time), FASTLM_EMULATOR_SHARED (the most bytes of
-// shared memory that a block may have: less than an H100's are a smaller GPU's).
+// shared memory that a block may have: less than an H100's are a smaller GPU's), FASTLM_EMULATOR_MULTIPROCESSORS.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +14,7 @@ struct Options {
   uint64_t seed = 0;
   int resident = 64;
   size_t shared = 227 * 1024;
+  int multiprocessors = 2;
 };
 
 // Read from the environment at every launch. Throws std::invalid_argument for what it does not know.

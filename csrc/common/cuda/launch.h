@@ -46,6 +46,22 @@ inline size_t max_shared_memory() {
 #endif
 }
 
+// The multiprocessors of the current device: how many blocks that fill one each run at a time.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // taken: nobody else is to find it later
+    throw std::runtime_error(std::string("the device's multiprocessors are not known: ") + cudaGetErrorString(error));
+  }
+  return count;
+#else
+  return emulator::multiprocessors();
+#endif
+}
+
 // Starts `kernel` on the stream. `name` is for the error message only. Throws std::runtime_error where the launch fails.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
