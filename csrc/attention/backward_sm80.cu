@@ -8,6 +8,16 @@ namespace {
 constexpr int kLanes = 8;  // of a row: 8 vectors are 64 elements
 constexpr int kThreads = 128;
 
+// Of (B, T, H). Divisions of 64 bits would take longer than all that is loaded.
+struct Index {
+  int64_t batch, row, head;
+  template <class Int>
+  FASTLM_DEVICE Index(Int i, int64_t heads, int64_t rows) {
+    const Int h = static_cast<Int>(heads), r = static_cast<Int>(rows);
+    head = i % h, row = i / h % r, batch = i / h / r;
+  }
+};
+
 // lse and delta of sm80/backward.h, a head's `stride` after the one before it; the rows between weigh nothing. lse_factor:
 // log2e where the kernels that follow are the plain ones. Sets `zeros` words from `zero` on to 0.
 __global__ void __launch_bounds__(kThreads)
@@ -17,7 +27,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = thread; i < zeros; i += static_cast<int64_t>(gridDim.x) * kThreads) zero[i] = 0;
   const bool there = index < p.batch * p.rows * p.heads;
   const int64_t rows = p.rows > 0 ? p.rows : 1;  // without any the grid is there for the zeros
-  const int64_t head = index % p.heads, row = index / p.heads % rows, batch = index / p.heads / rows;
+  const Index place = p.batch * p.rows * p.heads < int64_t{1} << 31 ? Index(static_cast<uint32_t>(index), p.heads, rows)
+                                                                    : Index(index, p.heads, rows);
+  const int64_t head = place.head, row = place.row, batch = place.batch;
   float sum = 0.0f;
   if (there) {
     const int64_t dout = at(g.dout_strides, batch, head) + row * g.dout_strides.row;

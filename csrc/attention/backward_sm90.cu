@@ -61,12 +61,12 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kDqThreads)
     attention_dq_sm90(const __grid_constant__ AttentionInputs p, const OnePassWorkspace w, T* __restrict__ dq) {
   using S = Shape<T, kWidth>;
-  const int64_t sum = blockIdx.x, blocks = (p.rows + S::kQueries - 1) / S::kQueries, number = sum / 2;
-  const int part = static_cast<int>(sum % 2), head = static_cast<int>(number % p.heads);
-  const int64_t block = number / p.heads % blocks, batch = number / p.heads / blocks;
+  const unsigned blocks = static_cast<unsigned>((p.rows + S::kQueries - 1) / S::kQueries), heads = static_cast<unsigned>(p.heads);
+  const unsigned part = blockIdx.x % 2, number = blockIdx.x / 2, head = number % heads;
+  const int64_t sum = blockIdx.x, block = number / heads % blocks, batch = number / heads / blocks;
   const int n = threadIdx.x % 8, g = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
   const int64_t row0 = block * S::kQueries + (S::kHalves == 1 ? part * 64 : 0) + 16 * warp + g;
-  const int column = (S::kHalves == 1 ? 0 : part * kColumns) + 8 * n;
+  const int column = (S::kHalves == 1 ? 0 : static_cast<int>(part) * kColumns) + 8 * n;
   float v[2][8] = {};
   if (w.turns[sum] > 0) {
     const auto* from = reinterpret_cast<const float4*>(w.dq + sum * kSum) + 128 * n + 32 * warp + 4 * g;

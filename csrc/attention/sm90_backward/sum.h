@@ -27,15 +27,14 @@ FASTLM_DEVICE void add_sums(const S& s, const BackwardInputs& in, const Grid& gr
       const int64_t sum = 2 * work.sum_of(in.p, now) + group;
       const uint32_t turn = work.turn_of(now);
       uint32_t* const at = w.turns + sum;
-      ptx::mbarrier_wait(s.sum_full(group), step % 2);
-      if (turn == 0) {
-        ptx::bulk_store(w.dq + sum * kSum, s.sum(group), kSumBytes);
-      } else {
+      if (turn > 0) {  // as a rule it has come before this one's part is there
         while (ptx::load_acquire(at) != turn) {
         }
         ptx::fence_proxy_async_global();
-        ptx::bulk_reduce_add_f32(w.dq + sum * kSum, s.sum(group), kSumBytes);
       }
+      ptx::mbarrier_wait(s.sum_full(group), step % 2);
+      if (turn == 0) ptx::bulk_store(w.dq + sum * kSum, s.sum(group), kSumBytes);
+      else ptx::bulk_reduce_add_f32(w.dq + sum * kSum, s.sum(group), kSumBytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
       ptx::mbarrier_arrive(s.sum_empty(group));
