@@ -55,15 +55,19 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
 inline bool attention_backward_has_one_pass(const AttentionInputs& p) { return p.type != DType::f32 && p.width <= 128; }
 // What lies in the workspace one after the other, in floats: twice `rows`, dq, counters.
 struct AttentionBackwardSizes {
-  int64_t rows;      // lse, and delta
-  int64_t dq;        // for one pass: dq in float32, with room for every sequence in whole blocks of up to 64 queries
+  int64_t rows;      // lse, and delta; for one pass with room for whole blocks of queries, if no sequences are packed
+  int64_t dq;        // for one pass: dq in float32, with room for every sequence in whole blocks of queries
   int64_t counters;  // for one pass: a turn for each block of 32 queries or more, and the ticket
 };
 inline AttentionBackwardSizes attention_backward_sizes(const AttentionInputs& p) {
-  const int64_t rows = p.batch * p.heads * p.rows;
-  if (!attention_backward_has_one_pass(p)) return {rows, 0, 0};
-  const int64_t queries = p.cu_seqlens == nullptr ? p.batch * ((p.rows + 63) / 64 * 64) : p.rows + 64 * p.sequences;
-  return {rows, queries * p.heads * (p.width <= 64 ? 64 : 128), queries * p.heads / 32 + 1};
+  if (!attention_backward_has_one_pass(p)) return {p.batch * p.heads * p.rows, 0, 0};
+  const int64_t block = p.wgmma ? 128 : 64;  // the largest
+  if (p.cu_seqlens != nullptr) {
+    const int64_t queries = p.rows + 64 * p.sequences;  // sm90 leaves these to sm80
+    return {p.batch * p.heads * p.rows, queries * p.heads * (p.width <= 64 ? 64 : 128), queries * p.heads / 32 + 1};
+  }
+  const int64_t queries = p.batch * ((p.rows + block - 1) / block * block);
+  return {queries * p.heads, queries * p.heads * (p.width <= 64 ? 64 : 128), queries * p.heads / 32 + 1};
 }
 inline int64_t attention_backward_workspace(const AttentionInputs& p) {
   const AttentionBackwardSizes sizes = attention_backward_sizes(p);

@@ -186,7 +186,6 @@ void abandon() {
 }  // namespace
 
 size_t max_shared_memory() { return options_from_environment().shared; }
-
 int multiprocessors() { return options_from_environment().multiprocessors; }
 
 void launch_threads(const LaunchConfig& config, const std::function<void()>& thread) {

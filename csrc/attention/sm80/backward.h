@@ -30,6 +30,10 @@ struct OnePassWorkspace {
 
 void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
                                  cudaStream_t stream);
+// The same on Hopper: whether it can, and doing it. There a head's lse and delta have padded_rows each (attention.h).
+bool attention_backward_takes_sm90(const BackwardInputs& inputs);
+void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+                             cudaStream_t stream);
 void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream);
 void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv, cudaStream_t stream);
 

@@ -46,7 +46,7 @@ inline size_t max_shared_memory() {
 #endif
 }
 
-// Of the current device.
+// The multiprocessors of the current device: how many blocks that fill one each run at a time.
 inline int multiprocessors() {
 #ifdef __CUDACC__
   int device = 0, count = 0;
@@ -54,7 +54,7 @@ inline int multiprocessors() {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) {
     cudaGetLastError();  // taken: nobody else is to find it later
-    throw std::runtime_error(std::string("the number of multiprocessors is not known: ") + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("the device's multiprocessors are not known: ") + cudaGetErrorString(error));
   }
   return count;
 #else

@@ -22,6 +22,13 @@ FASTLM_DEVICE void fence_proxy_async(FASTLM_SITE) {
 #endif
 }
 
+// The same for global memory: between an ordinary access to it and one by a bulk copy, in either order.
+FASTLM_DEVICE void fence_proxy_async_global() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 FASTLM_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -23,7 +23,7 @@ struct Buffer {
 };
 
 struct Options {
-  bool causal = false, dropout = false, alibi = false;
+  bool causal = false, dropout = false, alibi = false, hopper = false;
   int64_t left = -1;
   float softcap = 0.0f;
   std::vector<int32_t> cu_seqlens;
@@ -45,7 +45,7 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
   p.dropout_scale = 4.0f / 3.0f;
   p.batch = 1, p.rows = rows, p.columns = columns, p.heads = heads, p.kv_heads = kv_heads, p.width = width;
   p.window_left = o.left, p.window_right = o.causal ? 0 : -1, p.max_seqlen = rows;
-  p.scale = 0.1f, p.softcap = o.softcap, p.type = type;
+  p.scale = 0.1f, p.softcap = o.softcap, p.type = type, p.wgmma = o.hopper;
   Buffer workspace(4 * attention_backward_workspace(p));
   attention_forward_cuda(p, out.block, static_cast<float*>(lse.block), nullptr);
   const AttentionGradients g{out.block,   static_cast<float*>(lse.block), dout.block, q_strides, static_cast<float*>(dlse.block),
@@ -58,8 +58,9 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
 // With an argument also the cases with many threads: under ThreadSanitizer each costs a fiber, and those are slow to make.
 int main(int arguments, char**) {
   const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
-  Options plain, causal, everything, packed;
+  Options plain, causal, everything, packed, hopper;
   causal.causal = true;
+  hopper.causal = hopper.hopper = true;
   everything.dropout = everything.alibi = true;
   everything.left = 9;
   everything.softcap = 3.0f;
@@ -69,11 +70,13 @@ int main(int arguments, char**) {
     run(bf16, 70, 90, 2, 1, 64, causal);
     run(f16, 37, 75, 1, 1, 40, everything);
     run(f32, 21, 50, 1, 1, 64, everything);
+    run(bf16, 140, 150, 2, 1, 64, hopper);
     if (arguments > 1) {
       run(bf16, 61, 61, 2, 1, 64, packed);
       run(bf16, 150, 140, 1, 1, 104, plain);
       run(f16, 40, 70, 2, 1, 128, everything);
       run(bf16, 33, 50, 1, 1, 256, causal);
+      run(f16, 70, 140, 2, 1, 104, hopper);
       run(f32, 35, 40, 2, 1, 128, causal);
       run(f32, 20, 35, 1, 1, 200, everything);
     }

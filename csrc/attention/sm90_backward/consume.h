@@ -1,0 +1,203 @@
+// A warpgroup that multiplies: 64 keys, whose dk and dv it keeps in registers, and half of the block's dq.
+//
+// Its products and what happens to their results follow each other in a step, but for the next step's S^T, which is begun
+// while dq is on its way. The tensor cores are the other warpgroup's meanwhile. The two meet once a step: dQ takes the dS
+// of both, after dV and dK, which take this one's own.
+#pragma once
+#include "attention/sm90_backward/load.h"
+#include "attention/sm90_backward/multiply.h"
+#include "attention/sm90_backward/work.h"
+#include "common/cuda/ptx_barrier.h"
+#include "common/cuda/ptx_matrix.h"
+#include "common/cuda/ptx_registers.h"
+#include "common/cuda/ptx_warpgroup.h"
+
+namespace fastlm::cuda::sm90_backward {
+
+// Accumulators: keys `key` and key + 8, of queries query + 8 n and the one after it. Both are this lane's first ones.
+struct Lane {
+  int key, query;
+};
+
+// s: from products to weights P^T.
+template <class S>
+FASTLM_DEVICE void to_weights(float (&s)[S::kQueries / 2], float factor, const float* lse) {
+#pragma unroll
+  for (int n = 0; n < S::kQueries / 8; n++) {
+    const float2 base = *reinterpret_cast<const float2*>(lse + 8 * n);
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[4 * n + e] = ptx::exp2_approx(s[4 * n + e] * factor - (e % 2 == 0 ? base.x : base.y));
+  }
+}
+
+// dp: from products to dS^T.
+template <class S>
+FASTLM_DEVICE void to_gradients(float (&dp)[S::kQueries / 2], const float (&weights)[S::kQueries / 2], const float* delta) {
+#pragma unroll
+  for (int n = 0; n < S::kQueries / 8; n++) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n);
+#pragma unroll
+    for (int e = 0; e < 4; e++) dp[4 * n + e] = weights[4 * n + e] * (dp[4 * n + e] - (e % 2 == 0 ? d.x : d.y));
+  }
+}
+
+// What is not visible becomes 0 in both, whatever it was.
+template <class S>
+FASTLM_DEVICE void hide(const Span& span, Lane lane, float (&weights)[S::kQueries / 2], float (&gradients)[S::kQueries / 2]) {
+  const Span keys = span.transposed();
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int key = lane.key + 8 * half, low = keys.low(key) - lane.query;
+    const int high = key < span.column_end ? keys.high(key) - lane.query : low;
+#pragma unroll
+    for (int n = 0; n < S::kQueries / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        if (8 * n + e < low || 8 * n + e >= high) weights[4 * n + 2 * half + e] = gradients[4 * n + 2 * half + e] = 0.0f;
+      }
+    }
+  }
+}
+
+// In 16 bits: 16 columns of accumulators are the registers of an a with 16 of k.
+template <class T, int kCount>
+FASTLM_DEVICE void pack_all(uint32_t (&to)[kCount / 8][4], const float (&from)[kCount], float factor = 1.0f) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; i++) to[i / 4][i % 4] = pack(from[2 * i] * factor, from[2 * i + 1] * factor, T());
+}
+
+// 16 rows of a warp by 16 kCount columns, to rows of 64 columns in shared memory. tile: its row 0. rows: how many there are.
+template <int kCount>
+FASTLM_DEVICE void put(uint32_t tile, int rows, int first_row, const uint32_t (&a)[kCount][4]) {
+  const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+  const uint32_t to = ptx::opaque(tile + row * kRowBytes + ((lane / 16 ^ (row & 7)) << 4));
+#pragma unroll
+  for (int i = 0; i < kCount; i++) ptx::stmatrix<4>((to ^ 32 * (i % 4)) + i / 4 * rows * kRowBytes, a[i]);
+}
+
+template <class S>
+FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInputs& in, const Grid& grid, const Maps& maps,
+                           const int* tickets, int group) {
+  using T = typename S::T;
+  constexpr int kQueries = S::kQueries;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, first_key = group * kGroupKeys, warp_key = first_key + thread / 32 * 16;
+  const float factor = in.p.scale * kLog2E;
+  const float* const statistics = reinterpret_cast<const float*>(shared + S::kStatisticsAt);
+  float* const sum = reinterpret_cast<float*>(shared + S::kSumAt + group * kSumBytes) + 4 * thread;
+  auto arrive = [&](uint32_t barrier) {  // of a warp, which is together
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  };
+  int step = 0;
+  for (int n = 0;; n++) {
+    const int slot = n % S::kKeyStages;
+    ptx::mbarrier_wait(s.keys_full(slot), n / S::kKeyStages % 2);
+    const int ticket = tickets[slot];
+    if (ticket >= works_of(grid)) return;
+    const Work<kQueries> work(in.p, grid, ticket);
+    const uint32_t k = s.k(slot), v = s.v(slot);
+    float dk[S::kWidth / 2] = {}, dv[S::kWidth / 2] = {};
+    int left = work.steps(), row = work.first_row;
+    const int key0 = work.key0 + first_key, key = work.key0 + warp_key + lane / 4;
+    // The first rows of the blocks of queries that see all of these keys.
+    const int seen_from = key0 + kGroupKeys > work.span.column_end ? work.row_stop : key0 + kGroupKeys - work.span.diagonal - work.span.right - 1;
+    const int seen_to = key0 - work.span.diagonal + work.span.left + 1 - kQueries;
+    if (left > 0) {
+      float score[kQueries / 2];
+      auto begin_scores = [&](int i) {
+        const int stage = i % kStages;
+        ptx::mbarrier_wait(s.q_full(stage), i / kStages % 2);
+        ptx::forget(score);
+        ptx::wgmma_fence();
+        rows_by_rows<S>(score, k + first_key * kRowBytes, s.q(stage));
+        ptx::wgmma_commit();
+      };
+      begin_scores(step);
+      ptx::wgmma_wait<0>();
+      ptx::arrived(score);
+#pragma unroll 1
+      while (true) {
+        const int stage = step % kStages;
+        const float* const lse = statistics + stage * 2 * kQueries + 2 * (lane % 4);
+        float gradient[kQueries / 2];
+        ptx::mbarrier_wait(s.dout_full(stage), step / kStages % 2);
+        ptx::wgmma_fence();
+        rows_by_rows<S>(gradient, v + first_key * kRowBytes, s.dout(stage));
+        ptx::wgmma_commit();
+        to_weights<S>(score, factor, lse);
+        ptx::wgmma_wait<0>();
+        ptx::arrived(gradient);
+        to_gradients<S>(gradient, score, lse + kQueries);
+        if (row < seen_from || row > seen_to) {
+          hide<S>(span_of(in.p, 0), {static_cast<int>(ptx::opaque(key)), row + 2 * (lane % 4)}, score, gradient);
+        }
+        Weights<S> p, ds;
+        pack_all<T>(p, score);
+        pack_all<T>(ds, gradient);
+        ptx::mbarrier_wait(s.ds_empty(), step % 2 ^ 1);
+        put(s.ds(), kKeys, warp_key, ds);
+        ptx::fence_proxy_async();
+        __syncwarp();
+        arrive(s.ds_full());
+        ptx::wgmma_fence();
+        add_weighted_rows<S>(dv, p, s.dout(stage));
+        add_weighted_rows<S>(dk, ds, s.q(stage));
+        ptx::wgmma_commit();
+        ptx::mbarrier_wait(s.ds_full(), step % 2);
+        ptx::wgmma_fence();
+        float dq[32];
+        // Its queries, or its columns, whichever there are 128 of.
+        dq_of<S>(dq, s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0), k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes));
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        row = work.row_after(row);
+        left--;
+        // After the last step once more the same, for nothing: products under a branch would be serialised. Only then the
+        // stage is given back, or its barrier could be a phase further.
+        begin_scores(left > 0 ? step + 1 : step);
+        arrive(s.empty(stage));
+        ptx::wgmma_wait<1>();
+        ptx::arrived(dq);
+        arrive(s.ds_empty());
+        ptx::mbarrier_wait(s.sum_empty(group), step % 2 ^ 1);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          *reinterpret_cast<float4*>(sum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+        }
+        ptx::fence_proxy_async();
+        __syncwarp();
+        arrive(s.sum_full(group));
+        ptx::wgmma_wait<0>();
+        ptx::arrived(score);
+        step++;
+        if (left == 0) break;
+      }
+    }
+    ptx::arrived(dk);
+    ptx::arrived(dv);
+    // Out by way of this warpgroup's rows of K and V. The other one has read K when its last dQ is done.
+    ptx::mbarrier_wait(s.ds_empty(), step % 2 ^ 1);
+    uint32_t rows[S::kWidth / 16][4];
+    pack_all<T>(rows, dk, in.p.scale);
+    put(k, kKeys, warp_key, rows);
+    pack_all<T>(rows, dv);
+    put(v, kKeys, warp_key, rows);
+    ptx::fence_proxy_async();
+    group == 0 ? ptx::barrier_sync<1, 128>() : ptx::barrier_sync<2, 128>();
+    if (thread / 32 == 0 && ptx::elect_one()) {
+      const Work<kQueries> done(in.p, grid, tickets[slot]);  // once more, so that it takes no registers in between
+#pragma unroll
+      for (int half = 0; half < S::kHalves; half++) {
+        const int at[4] = {half * kColumns, done.kv_head, done.key0 + first_key, done.batch};
+        const uint32_t from = (half * kKeys + first_key) * kRowBytes;
+        ptx::tma_store(&maps.dk, k + from, at);
+        ptx::tma_store(&maps.dv, v + from, at);
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(s.keys_empty(slot));
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace fastlm::cuda::sm90_backward

@@ -1,0 +1,26 @@
+// Registers that an asynchronous instruction writes or reads: where the compiler may first use them.
+#pragma once
+#include "common/cuda/platform.h"
+
+namespace fastlm::ptx {
+
+// After the wait for a wgmma: what is computed from its registers is computed here or later. The compiler does not know
+// that the wait has to do with them, and could compute before it.
+template <int kCount>
+FASTLM_DEVICE void arrived([[maybe_unused]] float (&d)[kCount]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+// Before a product that does not add to what was there: the compiler need not keep it.
+template <int kCount>
+FASTLM_DEVICE void forget([[maybe_unused]] float (&d)[kCount]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "=f"(d[i]));
+#endif
+}
+
+}  // namespace fastlm::ptx
