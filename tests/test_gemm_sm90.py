@@ -13,7 +13,9 @@ import torch
 from fastlm.ops import gemm, native
 from fastlm.ops.linear_cross_entropy.cases import _case as _loss
 from fastlm.ops.mlp.cases import _mlp
-from fastlm.ops.mlp.reference import ACTIVATIONS
+from fastlm.ops.mlp import reference
+from fastlm.ops.mlp.native import CODE
+from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from tests.emulator import backend as emulator
 from tests.op_suite import check, check_case
 from tests.test_gemm import matrix, textbook
@@ -114,6 +116,40 @@ def test_the_mlp(
     with products(device, tmp_path, monkeypatch) as by_wgmma:
         check_case("emulator" if device == "cpu" else "cuda", case, dtype)
     assert device == "cuda" or by_wgmma.count(True) == 2 * 6  # the products, twice
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
+@pytest.mark.parametrize("k", [64, 456])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_activations_in_many_turns(
+    device: str, activation: str, k: int, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both warpgroups reuse their memory for pre, dpre and hidden; short products leave them finishing side by side."""
+    monkeypatch.setenv("FASTLM_EMULATOR_SCHEDULE", schedule)
+    m, cols, dtype, code = 648, 456, torch.bfloat16, CODE[activation]
+    width = cols * (2 if activation in GATED else 1)
+    x, weight = matrix(m, k, "rows", dtype, device, 1), matrix(width, k, "rows", dtype, device, 2) * k**-0.5
+    up = matrix(k, cols, "rows", dtype, device, 3).T * k**-0.5
+    bias = matrix(1, width, "rows", dtype, device, 4)[0]
+    hidden, again = (torch.full((m, cols), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    pre, dpre = (torch.full((m, width), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    dbias = torch.full((width,), float("nan"), dtype=dtype, device=device)
+    with products(device, tmp_path, monkeypatch) as by_wgmma:
+        gemm.activate(x, weight, bias, code, hidden, pre)
+        gemm.activate_backward(x, up, pre, code, dpre, again, dbias)
+    assert torch.equal(hidden, again)
+    check("pre", pre, x.double() @ weight.double().T + bias.double(), textbook(x, weight) + bias, dtype)
+    check("hidden", hidden, reference.activate(pre.double(), activation), reference.activate(pre, activation), dtype)
+    wanted = reference.activate_backward(x.double() @ up.double().T, pre.double(), activation)
+    eager = reference.activate_backward(textbook(x, up), pre, activation)
+    check("dpre", dpre, wanted, eager, dtype)
+    check("dbias", dbias, wanted.sum(0), eager.sum(0), dtype)
+    for keep in ((None, dbias), (again, None), (None, None)):
+        other, sums = torch.empty_like(dpre), dbias.clone()
+        gemm.activate_backward(x, up, pre, code, other, *keep)
+        assert torch.equal(other, dpre) and torch.equal(sums, dbias) and torch.equal(hidden, again)
+    assert torch.equal(gemm.activate(x, weight, bias, code, torch.empty_like(hidden)), hidden)
+    assert device == "cuda" or by_wgmma.count(True) == 2
 
 
 def test_the_loss_of_a_language_model(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,15 +185,14 @@ struct Share {
 
 // Row row0 + r and column col0 + c of the product are r and c of the share. load(r, c, v, up) gives c's eight columns from c
 // on, of row r, and those of the second half of pre where a gated activation is to be made. Added to `sums`: the columns of
-// dpre, of each half. kWhole: the caller knows that there are no other than whole vectors.
-template <class T, bool kActivations, bool kWhole, class Load>
+// dpre, of each half.
+template <class T, bool kActivations, class Load>
 FASTLM_DEVICE void finish_rows(const EpilogueTask& task, const Share& share, int64_t row0, int64_t col0, Load load,
                                float (&sums)[2][kVector]) {
   const int c = share.column, step = share.step;
   const int64_t col = col0 + c;
-  const int present = static_cast<int>(max(int64_t{0}, min(int64_t{kVector}, task.cols - col)));
-  const int count = kWhole ? kVector : present;
-  const int end = present == 0 ? 0 : static_cast<int>(min(int64_t{share.end}, task.m - row0));
+  const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kVector}, task.cols - col)));
+  const int end = count == 0 ? 0 : static_cast<int>(min(int64_t{share.end}, task.m - row0));
   int r = share.first;
   float v[kVector], up[kVector];
   if (!kActivations || task.e.kind == EpilogueKind::store) {
@@ -233,7 +232,7 @@ FASTLM_DEVICE void finish_tile(const EpilogueTask& task, int64_t tile, int64_t r
   float sums[2][kVector] = {};
   const int vectors = width / kVector, thread = threadIdx.x;
   const Share share{thread % vectors * kVector, thread / vectors, kGemmThreads / vectors, rows};
-  finish_rows<T, kActivations, false>(task, share, row0, col0, load, sums);
+  finish_rows<T, kActivations>(task, share, row0, col0, load, sums);
   if (!kActivations || task.column_sums == nullptr) return;
   __syncthreads();
   store_column_sums(task, tile, col0, width, sums, scratch);

@@ -11,6 +11,7 @@
 #include "common/cuda/ptx_tma.h"
 #include "common/cuda/ptx_warpgroup.h"
 #include "common/cuda/ptx_wgmma.h"
+#include "gemm/epilogue_sm90.h"
 #include "gemm/gemm_kernel.h"
 
 namespace fastlm::cuda {
@@ -31,15 +32,14 @@ struct WgmmaElement<__half> {
 // An operand's part of a stage: kWgmmaDepth of k, in rows of 128 bytes whose 16-byte pieces the swizzle permutes. Where k
 // is contiguous a row is all of k, for each of m or n. Transposed, a row is 64 elements of m or n; for these come all of k
 // before the next 64.
-constexpr int kWgmmaDepth = 64, kSwizzleRow = 128, kAtom = 8 * kSwizzleRow;
+constexpr int kWgmmaDepth = 64, kAtom = 8 * kSwizzleRow;
+
+constexpr int kGateRows = 16;  // of the gate's columns, then as many of those that it multiplies: so a gated product's tile
 
 template <int kN>
 struct WgmmaTile {
   static constexpr int kABytes = kWgmmaRows * kSwizzleRow, kBBytes = kN * kSwizzleRow, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = kN <= 128 ? 5 : 4;
-  // A warp's 2 x 16 rows by 32 columns of c, on their way to whole rows: no two lanes of a half-warp's stores meet in a bank.
-  static constexpr int kChunk = 32, kStripFloats = kChunk + 8, kStrip = 32 * kStripFloats;
-  static constexpr int kStagingBytes = 8 * kStrip * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes;
 };
 
@@ -119,9 +119,6 @@ FASTLM_DEVICE void load_stage(const WgmmaTask& p, const TensorMap* a_map, const 
   }
 }
 
-template <int kN>
-using WgmmaAccumulators = float[2][kN / 2];  // of rows 0 to 63 and 64 to 127
-
 // Adds one stage's product, asynchronously. a, b: shared addresses.
 template <class T, int kN, bool kTransposedA, bool kTransposedB>
 FASTLM_DEVICE void multiply_stage(WgmmaAccumulators<kN>& c, uint32_t a, uint32_t b, bool add) {
@@ -141,102 +138,112 @@ FASTLM_DEVICE void multiply_stage(WgmmaAccumulators<kN>& c, uint32_t a, uint32_t
   }
 }
 
-// Lays 16 of a warp's rows by kChunk columns of c into its strip of shared memory.
-template <class Tile>
-FASTLM_DEVICE void fill_strip(float* strip, const float* c) {
-  const int lane = threadIdx.x % 32;
+// A row of a beyond m is zeros, so its products are too, or NaN where b is infinite: no sum is to have it.
+// row0: the warp's first.
+FASTLM_DEVICE void clear_rows(WgmmaAccumulators<128>& c, int row0, int64_t m) {
 #pragma unroll
-  for (int j = 0; j < Tile::kChunk / 8; j++) {
-    float* to = strip + lane / 4 * Tile::kStripFloats + 8 * j + 2 * (lane % 4);
-    *reinterpret_cast<float2*>(to) = make_float2(c[4 * j], c[4 * j + 1]);
-    *reinterpret_cast<float2*>(to + 8 * Tile::kStripFloats) = make_float2(c[4 * j + 2], c[4 * j + 3]);
-  }
-}
-
-// Eight floats of a strip. Every second four lanes read their halves the other way round: no two of eight meet in a bank.
-FASTLM_DEVICE void read_strip(const float* from, float (&v)[kVector]) {
-  const bool turned = threadIdx.x / 4 % 2 != 0;
-  const auto* p = reinterpret_cast<const float4*>(from);
-  const float4 x = p[turned ? 1 : 0], y = p[turned ? 0 : 1];
-  const float4 low = turned ? y : x, high = turned ? x : y;
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
-// What the lanes with the same columns have summed, in the order of their rows.
-template <class Tile>
-FASTLM_DEVICE void store_strip_sums(const EpilogueTask& task, int64_t part, int64_t col0, float (&sums)[2][kVector]) {
-  constexpr int kVectors = Tile::kChunk / kVector;
+  for (int half = 0; half < 2; half++) {
+    const int row = row0 + 64 * half + static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-#pragma unroll
-    for (int j = 0; j < kVector; j++) {
-#pragma unroll
-      for (int other = kVectors; other < 32; other *= 2) sums[h][j] += __shfl_xor_sync(0xffffffff, sums[h][j], other);
+    for (int j = 0; j < 64; j++) {
+      if (row + j % 4 / 2 * 8 >= m) c[half][j] = 0.0f;
     }
   }
-  const int lane = threadIdx.x % 32;
-  const int64_t col = col0 + lane % kVectors * kVector, pre_cols = pre_columns(task);
-  if (lane >= kVectors || col >= task.cols) return;
-  float* to = task.column_sums + part * pre_cols + col;
-#pragma unroll
-  for (int j = 0; j < kVector; j++) {
-    to[j] = sums[0][j];
-    if (task.gated) to[task.cols + j] = sums[1][j];
+}
+
+// body(activation) with those alone that are gated, or are not.
+template <bool kGated, class Body>
+FASTLM_DEVICE void with_activation_of(Activation a, const Body& body) {
+  if constexpr (kGated) {
+    a == Activation::swiglu ? body(Silu{}) : body(Gelu{});
+  } else {
+    switch (a) {
+      case Activation::gelu_tanh: return body(GeluTanh{});
+      case Activation::gelu: return body(Gelu{});
+      case Activation::relu: return body(Relu{});
+      case Activation::relu2: return body(Relu2{});
+      default: return body(Silu{});
+    }
   }
 }
 
-// The end of a tile: every warp for its own rows, kChunk columns at a time.
-template <class T, int kN, EpilogueKind kKind>
-FASTLM_DEVICE void finish_wgmma(const WgmmaTask& p, const WgmmaWork& work, const WgmmaAccumulators<kN>& c, float* strip) {
-  using Tile = WgmmaTile<kN>;
-  EpilogueTask task = p.epilogue;
-  task.e.kind = kKind;
-  task.vectors = true;  // the plan saw to it
-  if (kKind == EpilogueKind::store && p.splits > 1) task.e.out = static_cast<float*>(task.e.out) + work.split * p.split_elements;
-  const bool gated = kKind == EpilogueKind::activate && p.gate_rows > 0;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int width = gated ? Tile::kChunk / 2 : Tile::kChunk, shift = gated ? 1 : 2;  // 2 or 4 lanes share a row
-  const Share share{(lane & ((1 << shift) - 1)) * kVector, lane >> shift, 32 >> shift, 16};
-#pragma unroll
-  for (int chunk = 0; chunk < kN / Tile::kChunk; chunk++) {
-    __syncwarp();  // everybody has read what was there
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      fill_strip<Tile>(strip + half * 16 * Tile::kStripFloats, c[half] + Tile::kChunk / 2 * chunk);
-    }
-    __syncwarp();
-    const int col0 = work.col0 + chunk * width;
-    float sums[2][kVector] = {};
+// The end of a tile, number `turn` of this cluster's tiles. staging: of the block; slots: the barriers of its slots of pre.
+// "Full" has one for each warpgroup, since a barrier's parity tells two phases apart, not three; then come those for "empty".
+template <class T, int kN, EpilogueKind kKind, bool kGated>
+FASTLM_DEVICE void finish_wgmma(const WgmmaTask& p, const EpilogueMaps& maps, const WgmmaWork& work, int turn,
+                                WgmmaAccumulators<kN>& c, unsigned char* staging, uint32_t slots) {
+  const EpilogueTask& task = p.epilogue;
+  const int warp = static_cast<int>(ptx::opaque(threadIdx.x) / 32) - 4, strip = warp % 4;
+  const PiecePlace tile{work.col0, work.split, work.row0 + kPieceRows * strip};
+  unsigned char* mine = staging + warp * kPieces * kPieceBytes;
+  if constexpr (kKind == EpilogueKind::store) {
+    if (task.e.out_type == DType::f32) finish_store_floats<T, kN>(task, &maps.out, tile, c, mine);
+    else finish_store_pairs<T, kN>(task, &maps.out, tile, c, ptx::shared_address(mine));
+  } else if constexpr (kKind == EpilogueKind::activate) {
+    const int cols = static_cast<int>(task.cols);
+    const bool keep_pre = task.e.pre != nullptr;
+    LaneBias<T, kGated ? 64 : 128> bias, up_bias;
+    bias.load(task.e.bias, work.col0, cols);
+    if (kGated) up_bias.load(task.e.bias == nullptr ? nullptr : static_cast<const T*>(task.e.bias) + cols, work.col0, cols);
+    with_activation_of<kGated>(task.e.activation, [&](auto act) {
+      using Act = decltype(act);
+      if constexpr (kGated) {
+        finish_activate_gated<T, Act>(keep_pre, maps, tile, bias, up_bias, c, ptx::shared_address(mine));
+      } else {
+        finish_activate<T, Act>(keep_pre, maps, tile, bias, c, ptx::shared_address(mine));
+      }
+    });
+  } else {
+    const int number = turn * (kGated ? 4 : 2), first = number % kSlots;  // of the tile's first slot
+    const uint32_t memory = ptx::shared_address(staging) + first * kSlotBytes + strip * kPieceBytes;
+    const PreSlots pre{memory, slots + 8 * (turn % 2 * kSlots + first), slots + 8 * (2 * kSlots + first), turn / 2 % 2};
+    if (work.row0 + kWgmmaRows > task.m) clear_rows(c, tile.row, task.m);
+    with_activation_of<kGated>(task.e.activation, [&](auto act) {
+      finish_activate_backward<T, kGated, decltype(act)>(task, maps, tile, work.tile * kWgmmaStrips + strip, c, pre);
+    });
+  }
+}
+
+// Loads the slots of pre, tile after tile. slots: as above.
+template <bool kGated>
+FASTLM_DEVICE void load_pre_slots(const WgmmaTask& p, const TensorMap* map, int rank, uint32_t staging, uint32_t slots) {
+  constexpr int kParts = kGated ? 2 : 1;
+  int n = 0, group = 0;  // the slot's number, and the warpgroup whose tile it is
+  for (int i = static_cast<int>(blockIdx.x) / 2; i < p.works; i += p.clusters, group ^= 1) {
+    const WgmmaWork work = wgmma_work<128>(p, i, rank);
 #pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-      const float* rows = strip + half * 16 * Tile::kStripFloats;
-      auto load = [&](int r, int col, float (&v)[kVector], float (&up)[kVector]) {
-        read_strip(rows + r * Tile::kStripFloats + col, v);
-        if (gated) read_strip(rows + r * Tile::kStripFloats + col + Tile::kChunk / 2, up);
-      };
-      finish_rows<T, kKind != EpilogueKind::store, true>(task, share, work.row0 + 64 * half + 16 * warp, col0, load, sums);
-    }
-    if (kKind == EpilogueKind::activate_backward && task.column_sums != nullptr && work.row0 < task.m) {
-      store_strip_sums<Tile>(task, int64_t{work.tile} * kWgmmaStrips + warp, col0, sums);
+    for (int j = 0; j < 2 * kParts; j++, n++) {
+      const int slot = n % kSlots, at[3] = {work.col0 + j / kParts * kPairColumns, j % kParts, work.row0};
+      const uint32_t full = slots + 8 * (group * kSlots + slot);
+      ptx::mbarrier_wait(slots + 8 * (2 * kSlots + slot), n / kSlots % 2 ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, kSlotBytes);
+      ptx::tma_load(staging + slot * kSlotBytes, map, full, at);
     }
   }
 }
 
-template <class T, int kN, bool kTransposedA, bool kTransposedB, EpilogueKind kKind>
+template <class T, int kN, bool kTransposedA, bool kTransposedB, EpilogueKind kKind, bool kGated>
 __global__ void __launch_bounds__(kWgmmaThreads, 1)
-    gemm_kernel_sm90(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const WgmmaTask p) {
+    gemm_kernel_sm90(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                     const __grid_constant__ EpilogueMaps maps, const __grid_constant__ WgmmaTask p) {
 #ifdef FASTLM_SM90A
   using Tile = WgmmaTile<kN>;
   FASTLM_SHARED_DYNAMIC(shared, 1024);
-  FASTLM_SHARED(uint64_t, barriers, 2 * Tile::kStages);
+  FASTLM_SHARED(uint64_t, barriers, 2 * Tile::kStages + 3 * kSlots);
   const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(barriers), empty = full + 8 * Tile::kStages;
+  const uint32_t slots = empty + 8 * Tile::kStages;
+  unsigned char* staging = shared + Tile::kStages * Tile::kStageBytes;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = static_cast<int>(blockIdx.x) % 2;  // in the cluster
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; i++) {
       ptx::mbarrier_init(full + 8 * i, 1);
       ptx::mbarrier_init(empty + 8 * i, 8);  // the four warps that have read it, of both blocks
+    }
+    for (int i = 0; i < kSlots; i++) {
+      ptx::mbarrier_init(slots + 8 * i, 1);
+      ptx::mbarrier_init(slots + 8 * (kSlots + i), 1);
+      ptx::mbarrier_init(slots + 8 * (2 * kSlots + i), 4);  // the warps of the group that has used it
     }
     ptx::mbarrier_fence_init();
   }
@@ -257,20 +264,23 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
         }
       }
     }
+    // By another warp: neither the stages nor pre wait for each other's room.
+    if (kKind == EpilogueKind::activate_backward && warp == 1 && ptx::elect_one()) {
+      load_pre_slots<kGated>(p, &maps.in, rank, ptx::shared_address(staging), slots);
+    }
     __syncwarp();
   } else {
     ptx::setmaxnreg_increase<240>();
-    float* strip = reinterpret_cast<float*>(shared + Tile::kStages * Tile::kStageBytes) + (warp - 4) * Tile::kStrip;
     auto release = [&](int stage) {  // in both blocks: b's half comes from the other one
       if (lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
       if (lane == 1) ptx::mbarrier_arrive_cluster_relaxed(ptx::map_shared(empty + 8 * stage, rank ^ 1));
     };
-    int i = static_cast<int>(blockIdx.x) / 2;
+    int i = static_cast<int>(blockIdx.x) / 2, turn = group - 1;
     if (group == 2) {
       step = stages_of(p, i);
       i += p.clusters;
     }
-    for (; i < p.works; i += 2 * p.clusters) {
+    for (; i < p.works; i += 2 * p.clusters, turn += 2) {
       const WgmmaWork work = wgmma_work<kN>(p, i, rank);
       WgmmaAccumulators<kN> c;
       // The other warpgroup has seen every stage before: a barrier's parity tells two phases apart, not three.
@@ -289,9 +299,10 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       if (i + p.clusters < p.works) ptx::barrier_arrive(3 - group, 256);
       ptx::wgmma_wait<0>();
       release((step - 1) % Tile::kStages);
-      finish_wgmma<T, kN, kKind>(p, work, c, strip);
+      finish_wgmma<T, kN, kKind, kGated>(p, maps, work, turn, c, staging, slots);
       step += stages_of(p, i + p.clusters);  // the other warpgroup's
     }
+    wait_for_pieces<0>();  // shared memory must last until its stores have read it
   }
   ptx::cluster_arrive();  // nobody arrives at a barrier of a block that has ended
   ptx::cluster_wait();
@@ -309,22 +320,69 @@ TensorMap operand_map(const Matrix& p, int64_t rows, int64_t k, int box_rows, in
   return make_tensor_map(spec);
 }
 
-template <class T, int kN, bool kTransposedA, bool kTransposedB, EpilogueKind kKind>
+// TMA's view of a matrix of the epilogue: `parts` matrices of m x cols, so far apart (bytes), with so far between rows.
+struct EpilogueMatrix {
+  const void* data;
+  ElementType type;
+  int64_t cols, parts, m;
+  int64_t part_bytes, row_bytes;
+};
+
+inline TensorMap epilogue_map(const EpilogueMatrix& p, int box_rows) {
+  if (p.data == nullptr) return {};
+  auto u = [](int64_t v) { return static_cast<uint64_t>(v); };
+  TensorMapSpec spec{p.data, p.type, 3, {u(p.cols), u(p.parts), u(p.m)}, {0, u(p.part_bytes), u(p.row_bytes)}, {}, Swizzle::b128};
+  spec.box[0] = static_cast<uint32_t>(kSwizzleRow / size_of(p.type));
+  spec.box[1] = 1;
+  spec.box[2] = static_cast<uint32_t>(box_rows);
+  return make_tensor_map(spec);
+}
+
+template <class T>
+EpilogueMaps epilogue_maps(const GemmTask& gemm, const WgmmaTask& task) {
+  const EpilogueTask& t = task.epilogue;
+  constexpr auto kType = WgmmaElement<T>::kMap;
+  const EpilogueMatrix rows{nullptr, kType, t.cols, 1, gemm.m, t.cols * 2, t.cols * 2};
+  EpilogueMatrix pre = rows, out = rows, hidden = rows;
+  if (t.gated) pre.parts = 2, pre.row_bytes = t.cols * 4;
+  pre.data = t.e.pre;
+  hidden.data = t.e.hidden;
+  out.data = t.e.out;
+  switch (t.e.kind) {
+    case EpilogueKind::store:
+      if (t.e.out_type == DType::f32) out.type = ElementType::f32;
+      out.row_bytes = t.e.out_stride * size_of(out.type);
+      out.parts = task.splits;
+      out.part_bytes = task.splits > 1 ? task.split_elements * 4 : out.row_bytes;
+      return {{}, epilogue_map(out, kPieceRows), {}};
+    case EpilogueKind::activate: return {{}, epilogue_map(out, kPieceRows), epilogue_map(pre, kPieceRows)};
+    case EpilogueKind::activate_backward: break;
+  }
+  const TensorMap in = epilogue_map(pre, kWgmmaRows);
+  pre.data = t.e.out;
+  return {in, epilogue_map(pre, kPieceRows), epilogue_map(hidden, kPieceRows)};
+}
+
+template <class T, int kN, bool kTransposedA, bool kTransposedB, EpilogueKind kKind, bool kGated>
 void launch_wgmma(const GemmTask& gemm, const WgmmaTask& task, cudaStream_t stream) {
   Launch l{dim3(static_cast<unsigned>(2 * task.clusters)), dim3(kWgmmaThreads), WgmmaTile<kN>::kSharedBytes, stream};
   l.cluster = dim3(2, 1, 1);
-  launch("gemm", l, gemm_kernel_sm90<T, kN, kTransposedA, kTransposedB, kKind>,
+  launch("gemm", l, gemm_kernel_sm90<T, kN, kTransposedA, kTransposedB, kKind, kGated>,
          operand_map<T>(gemm.a, gemm.m, gemm.k, kWgmmaRows, kWgmmaDepth),
-         operand_map<T>(gemm.b, gemm.n, gemm.k, task.gate_rows > 0 ? task.gate_rows : kN / 2, kWgmmaDepth / 2), task);
+         operand_map<T>(gemm.b, gemm.n, gemm.k, task.gate_rows > 0 ? task.gate_rows : kN / 2, kWgmmaDepth / 2),
+         epilogue_maps<T>(gemm, task), task);
 }
 
-template <class T, int kN, EpilogueKind kKind>
+// a is transposed for a plain product alone, b not for a gated one (wgmma_takes).
+template <class T, int kN, EpilogueKind kKind, bool kGated = false>
 void launch_wgmma(const GemmTask& gemm, const WgmmaTask& task, cudaStream_t stream) {
   if constexpr (kKind == EpilogueKind::store) {
-    if (gemm.a.transposed) return launch_wgmma<T, kN, true, true, kKind>(gemm, task, stream);
+    if (gemm.a.transposed) return launch_wgmma<T, kN, true, true, kKind, false>(gemm, task, stream);
   }
-  gemm.b.transposed ? launch_wgmma<T, kN, false, true, kKind>(gemm, task, stream)
-                    : launch_wgmma<T, kN, false, false, kKind>(gemm, task, stream);
+  if constexpr (kKind != EpilogueKind::activate || !kGated) {
+    if (gemm.b.transposed) return launch_wgmma<T, kN, false, true, kKind, kGated>(gemm, task, stream);
+  }
+  launch_wgmma<T, kN, false, false, kKind, kGated>(gemm, task, stream);
 }
 
 template <class T>
@@ -339,22 +397,25 @@ void run_wgmma(const GemmTask& gemm, const GemmPlan& plan, int sms, cudaStream_t
   task.works = task.pairs * task.tiles_n * task.splits;
   task.clusters = std::min(task.works, sms / 2);
   task.split_elements = gemm.m * gemm.n;
-  Epilogue& e = task.epilogue.e;
+  EpilogueTask& t = task.epilogue;
   if (plan.splits > 1) {
-    e = Epilogue{};
-    e.out = gemm.partials;
-    e.out_stride = task.epilogue.cols = gemm.n;
-    e.out_type = DType::f32;
+    t.e = Epilogue{};
+    t.e.out = gemm.partials;
+    t.e.out_stride = t.cols = gemm.n;
+    t.e.out_type = DType::f32;
+    t.gated = false;
   }
-  switch (e.kind) {
+  switch (t.e.kind) {
     case EpilogueKind::store:
       return plan.cols == 128 ? launch_wgmma<T, 128, EpilogueKind::store>(gemm, task, stream)
                               : launch_wgmma<T, 192, EpilogueKind::store>(gemm, task, stream);
     case EpilogueKind::activate:
-      if (task.epilogue.gated) task.gate_rows = WgmmaTile<128>::kChunk / 2;
-      return launch_wgmma<T, 128, EpilogueKind::activate>(gemm, task, stream);
+      if (!t.gated) return launch_wgmma<T, 128, EpilogueKind::activate>(gemm, task, stream);
+      task.gate_rows = kGateRows;
+      return launch_wgmma<T, 128, EpilogueKind::activate, true>(gemm, task, stream);
     case EpilogueKind::activate_backward:
-      return launch_wgmma<T, 128, EpilogueKind::activate_backward>(gemm, task, stream);
+      return t.gated ? launch_wgmma<T, 128, EpilogueKind::activate_backward, true>(gemm, task, stream)
+                     : launch_wgmma<T, 128, EpilogueKind::activate_backward>(gemm, task, stream);
   }
 }
 

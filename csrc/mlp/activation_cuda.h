@@ -9,13 +9,17 @@ struct ValueSlope {
   float value, slope;
 };
 
-// 1 / (1 + exp(-x)); both approximations are good to two units in the last place.
-FASTLM_DEVICE float logistic(float x) { return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-1.44269504f * x)); }
+// 1 / (1 + 2^x); both approximations are good to two units in the last place.
+FASTLM_DEVICE float logistic2(float x) { return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(x)); }
+
+// 1 / (1 + exp(-x))
+FASTLM_DEVICE float logistic(float x) { return logistic2(-1.44269504f * x); }
 
 // 0.5 h (1 + tanh u) = h * logistic(2u), u = sqrt(2 / pi) (h + 0.044715 h^3): no digits are lost where tanh is near -1.
 struct GeluTanh {
-  static constexpr float c1 = 1.59576912f, c3 = 0.0713548163f;  // 2 sqrt(2 / pi), and 0.044715 times it
-  FASTLM_DEVICE static float gate(float h) { return logistic(h * (h * h * c3 + c1)); }
+  static constexpr float c1 = 1.59576912f, c3 = 0.0713548163f;    // 2 sqrt(2 / pi), and 0.044715 times it
+  static constexpr float e1 = -2.30220820f, e3 = -0.102943240f;  // -log2(e) times these
+  FASTLM_DEVICE static float gate(float h) { return logistic2(h * (h * h * e3 + e1)); }
   FASTLM_DEVICE static float value(float h) { return h * gate(h); }
   FASTLM_DEVICE static ValueSlope both(float h) {
     const float s = gate(h), value = h * s;

@@ -1,6 +1,6 @@
 // Element types of the device, and their conversion to and from float32, in which all arithmetic is done.
 #pragma once
-#include "common/cuda/platform.h"
+#include "common/cuda/ptx_math.h"
 #include "common/dtype.h"
 
 namespace fastlm::cuda {
@@ -17,6 +17,26 @@ template <>
 FASTLM_DEVICE __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <>
 FASTLM_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// Two neighbouring 16-bit elements in a register, the first in the low half.
+template <class T>
+FASTLM_DEVICE uint32_t pack_pair(float low, float high);
+template <>
+FASTLM_DEVICE uint32_t pack_pair<__nv_bfloat16>(float low, float high) { return ptx::pack_bf16(low, high); }
+template <>
+FASTLM_DEVICE uint32_t pack_pair<__half>(float low, float high) { return ptx::pack_f16(low, high); }
+
+template <class T>
+FASTLM_DEVICE float2 unpack_pair(uint32_t v);
+template <>
+FASTLM_DEVICE float2 unpack_pair<__nv_bfloat16>(uint32_t v) {
+  return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+}
+template <>
+FASTLM_DEVICE float2 unpack_pair<__half>(uint32_t v) {
+  return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(v))),
+                     __half2float(__ushort_as_half(static_cast<unsigned short>(v >> 16))));
+}
 
 // Element i of an array whose type is known at run time only.
 FASTLM_DEVICE float load_as_float(const void* p, int64_t i, DType t) {
