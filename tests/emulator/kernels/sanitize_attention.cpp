@@ -24,6 +24,7 @@ struct Buffer {
 
 struct Options {
   bool causal = false, dropout = false, alibi = false;
+  bool hopper = false;  // the forward for sm_90a
   int64_t left = -1;
   float softcap = 0.0f;
   std::vector<int32_t> cu_seqlens;
@@ -47,7 +48,9 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
   p.window_left = o.left, p.window_right = o.causal ? 0 : -1, p.max_seqlen = rows;
   p.scale = 0.1f, p.softcap = o.softcap, p.type = type;
   Buffer workspace(4 * attention_backward_workspace(p));
+  p.wgmma = o.hopper;
   attention_forward_cuda(p, out.block, static_cast<float*>(lse.block), nullptr);
+  p.wgmma = false;
   const AttentionGradients g{out.block,   static_cast<float*>(lse.block), dout.block, q_strides, static_cast<float*>(dlse.block),
                              dq.block, dk.block, dv.block};
   attention_backward_cuda(p, g, static_cast<float*>(workspace.block), nullptr);
@@ -58,8 +61,10 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
 // With an argument also the cases with many threads: under ThreadSanitizer each costs a fiber, and those are slow to make.
 int main(int arguments, char**) {
   const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
-  Options plain, causal, everything, packed;
+  Options plain, causal, everything, packed, hopper;
   causal.causal = true;
+  hopper.causal = hopper.hopper = true;
+  hopper.left = 150;
   everything.dropout = everything.alibi = true;
   everything.left = 9;
   everything.softcap = 3.0f;
@@ -69,6 +74,8 @@ int main(int arguments, char**) {
     run(bf16, 70, 90, 2, 1, 64, causal);
     run(f16, 37, 75, 1, 1, 40, everything);
     run(f32, 21, 50, 1, 1, 64, everything);
+    run(bf16, 200, 210, 2, 1, 40, hopper);  // two blocks, each with two turns
+    run(f16, 260, 250, 2, 1, 128, hopper);
     if (arguments > 1) {
       run(bf16, 61, 61, 2, 1, 64, packed);
       run(bf16, 150, 140, 1, 1, 104, plain);
