@@ -23,7 +23,8 @@ struct Buffer {
 };
 
 struct Options {
-  bool causal = false, dropout = false, alibi = false, hopper = false;
+  bool causal = false, dropout = false, alibi = false;
+  bool hopper = false;  // the kernels for sm_90a
   int64_t left = -1;
   float softcap = 0.0f;
   std::vector<int32_t> cu_seqlens;
@@ -61,6 +62,7 @@ int main(int arguments, char**) {
   Options plain, causal, everything, packed, hopper;
   causal.causal = true;
   hopper.causal = hopper.hopper = true;
+  hopper.left = 150;
   everything.dropout = everything.alibi = true;
   everything.left = 9;
   everything.softcap = 3.0f;
@@ -71,6 +73,8 @@ int main(int arguments, char**) {
     run(f16, 37, 75, 1, 1, 40, everything);
     run(f32, 21, 50, 1, 1, 64, everything);
     run(bf16, 140, 150, 2, 1, 64, hopper);
+    run(bf16, 200, 210, 2, 1, 40, hopper);  // two blocks, each with two turns
+    run(f16, 260, 250, 2, 1, 128, hopper);
     if (arguments > 1) {
       run(bf16, 61, 61, 2, 1, 64, packed);
       run(bf16, 150, 140, 1, 1, 104, plain);
