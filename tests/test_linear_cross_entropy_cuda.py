@@ -71,6 +71,14 @@ def test_products_by_the_library(backend: str, reduction: str, monkeypatch: pyte
         judge(backend, call, torch.bfloat16)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"label_smoothing": 0.1}], ids=["plain", "all", "smoothing"])
+@pytest.mark.parametrize("vocab", [3, 4101, 17000, 30001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_of_any_width(backend: str, dtype: torch.dtype, vocab: int, options: dict[str, Any]) -> None:
+    """In one part or several, with and without room in shared memory for two (30001 float32 have none)."""
+    judge(backend, {**arguments(backend, dtype, rows=4, width=8, vocab=vocab), **options}, dtype)
+
+
 def test_the_workspace_is_bounded() -> None:
     for vocab in (64, 50304, 262144, 1 << 22):
         rows = cuda.block_rows(1 << 20, 2 * vocab)

@@ -42,12 +42,6 @@ FASTLM_DEVICE void store_some(void* p, int64_t i, bool vectors, int count, const
   }
 }
 
-template <class T>
-FASTLM_DEVICE void to_floats(const Vector<T>& in, float (&out)[kVector]) {
-#pragma unroll
-  for (int j = 0; j < kVector; j++) out[j] = to_float(in.v[j]);
-}
-
 // v += bias, rounded to T.
 template <class T>
 FASTLM_DEVICE void add_bias_and_round(const EpilogueTask& task, int64_t col, int count, float (&v)[kVector]) {

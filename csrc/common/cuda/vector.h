@@ -28,6 +28,12 @@ FASTLM_DEVICE void store_vector(T* p, const Vector<T>& r) {
   for (int i = 0; i < kParts; i++) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&r)[i];
 }
 
+template <class T>
+FASTLM_DEVICE void to_floats(const Vector<T>& in, float (&out)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; j++) out[j] = to_float(in.v[j]);
+}
+
 // Eight elements from position i of an array whose type is known at run time only. `vectors`: the array may be read in
 // 16-byte accesses at i; without it only the `count` elements that exist are touched, and the others read as zero.
 FASTLM_DEVICE void load_vector_as_float(const void* p, int64_t i, DType t, bool vectors, int count, float (&out)[kVector]) {
