@@ -177,7 +177,7 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | T
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else None,
-        [s["master"] if _has_master(p, group) else None for p, s in batch],
+        [s["master"] if _has_master(p, group) else None for p, s in batch] if group["master_weights"] else None,
         step=step + 1,
         lr=float(group["lr"]),
         beta1=float(beta1),
