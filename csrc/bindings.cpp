@@ -18,6 +18,7 @@
 #include "common/torch_tensor.h"
 #include "common/vector_math.h"
 #include "cross_entropy/cross_entropy.h"
+#include "decode_attention/append.h"
 #include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
@@ -369,6 +370,16 @@ py::dict pool_state_dict() {
   return d;
 }
 
+// Addresses: both caches, k, v, at. Strides: of each cache the sequence's and the row's, of k and of v the sequence's.
+void cache_append_on_cuda(const std::array<Address, 5>& address, const std::array<int64_t, 6>& stride, int64_t batch,
+                          int64_t capacity, int64_t cols, int type, Address stream) {
+  const CacheAppend p{at<void>(address[0]),    at<void>(address[1]),    at<void>(address[2]), at<void>(address[3]),
+                      at<int64_t>(address[4]), {stride[0], stride[1]}, {stride[2], stride[3]}, stride[4], stride[5],
+                      batch,                   capacity,               cols,                   dtype(type)};
+  py::gil_scoped_release release;
+  cache_append_cuda(p, at<void>(stream));
+}
+
 void column_sums_on_cuda(Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride, int type,
                          Address stream) {
   const ColumnSums p{at<void>(x), at<void>(sums), at<float>(workspace), rows, cols, stride, dtype(type)};
@@ -451,6 +462,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_forward", &embedding_forward);
   m.def("embedding_backward_workspace", &embedding_backward_workspace);
   m.def("embedding_backward", &embedding_backward);
+  m.def("cache_append_cuda", &cache_append_on_cuda);
   m.def("decode_attention", &decode_attention);
   m.def("decode_attention_workspace", &decode_attention_workspace);
   m.def("sample", &sample);

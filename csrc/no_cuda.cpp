@@ -4,6 +4,7 @@
 #include "attention/attention.h"
 #include "common/build_info.h"
 #include "cross_entropy/cross_entropy.h"
+#include "decode_attention/append.h"
 #include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
@@ -40,6 +41,7 @@ void embedding_backward_cuda(const EmbeddingBackward&, void*) { no_cuda(); }
 void sample_cuda(const Sample&, void*) { no_cuda(); }
 void adamw_step_cuda(const AdamWRow*, int64_t, int64_t, const AdamWStep&, const float*, void*) { no_cuda(); }
 void grad_norm_cuda(const GradNormTensor*, int64_t, int64_t, double*, float, float*, float*, void*) { no_cuda(); }
+void cache_append_cuda(const CacheAppend&, void*) { no_cuda(); }
 void decode_attention_cuda(const DecodeAttention&, void*) { no_cuda(); }
 
 }  // namespace fastlm

@@ -98,15 +98,18 @@ class Backward:
             check(f"d{name}", g, w, t, dtype)
 
 
-MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (37, 20)}, "left": {"causal": True, "window": (5, 0)}}
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (37, 20)},
+    "left": {"causal": True, "window": (5, 0)},
+}
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("width", [8, 40, 64, 72, 128])
 @sixteen_bit
-def test_widths_and_masks(
-    device: str, dtype: torch.dtype, width: int, mask: str, launches: Callable[[], int]
-) -> None:
+def test_widths_and_masks(device: str, dtype: torch.dtype, width: int, mask: str, launches: Callable[[], int]) -> None:
     backward = Backward(device, {**tensors(device, dtype, length=141, width=width), **MASKS[mask]}, return_lse=True)
     launches()
     got = backward.gradients()
@@ -155,7 +158,9 @@ def test_strided_views(device: str, dtype: torch.dtype, kv_heads: int, launches:
     q, k, v = whole.unflatten(2, (-1, width)).split((heads, kv_heads, kv_heads), 2)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
     backward = Backward(
-        device, {"q": q, "k": k, "v": v, "causal": True}, layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)
+        device,
+        {"q": q, "k": k, "v": v, "causal": True},
+        layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     )
     launches()
     got = backward.gradients()

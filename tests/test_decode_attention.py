@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 
 import fastlm
 from fastlm import ops
-from fastlm.ops import decode_attention
+from fastlm.ops import decode_attention, native
 from fastlm.ops.case import Case, Maker
 from fastlm.ops.decode_attention.cases import SMALL, _build, eager_decode_attention
+from fastlm.ops.decode_attention.native import append
+from tests.emulator import backend as emulator
 from tests.op_suite import BACKENDS, DTYPES, check, device_of, wide
 
 
@@ -170,3 +174,26 @@ def test_fuzz(backend, lengths, rows, kv_heads, group, width, page, window, soft
     options = {"window": window, "softcap": softcap, "page": page, "alibi": alibi}
     build = _build(lengths, rows, kv_heads * group, kv_heads, width, 300, **options)
     judge(backend, Case("decode_attention", "fuzz", build, eager_decode_attention), dtype)
+
+
+@pytest.mark.parametrize("on", ["cpu", "emulator", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 64])
+def test_append(on: str, dtype: torch.dtype, width: int) -> None:
+    """Into a part of a larger cache, from a part of a packed projection; nothing else is touched."""
+    reason = {"cpu": None, "emulator": emulator.unavailable(), "cuda": native.cuda_unavailable()}[on]
+    if reason is not None:
+        pytest.skip(reason)
+    device = "cuda" if on == "cuda" else "cpu"
+    k_cache, v_cache = (torch.randn(4, 9, 2, width, device=device).to(dtype)[1:] for _ in range(2))
+    k, v = (
+        torch.randn(3, 6, width, device=device).to(dtype).split((4, 2), dim=1)[1],
+        torch.randn(3, 2, width).to(k_cache),
+    )
+    at = torch.tensor([0, 8, 3], device=device)
+    wanted = k_cache.clone(), v_cache.clone()
+    for b, row in enumerate(at.tolist()):
+        wanted[0][b, row], wanted[1][b, row] = k[b], v[b]
+    with emulator.emulated() if on == "emulator" else nullcontext():
+        append(k_cache, v_cache, k, v, at)
+    assert torch.equal(k_cache, wanted[0]) and torch.equal(v_cache, wanted[1])

@@ -12,8 +12,8 @@ import torch
 
 from fastlm.ops import gemm, native
 from fastlm.ops.linear_cross_entropy.cases import _case as _loss
-from fastlm.ops.mlp.cases import _mlp
 from fastlm.ops.mlp import reference
+from fastlm.ops.mlp.cases import _mlp
 from fastlm.ops.mlp.native import CODE
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from tests.emulator import backend as emulator

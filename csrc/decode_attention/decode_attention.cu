@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPart = kDecodePart;
-constexpr int kRows = 4;  // (head, row) pairs worked on at a time: 32 sums and 32 numbers of q in registers
+constexpr int kAhead = 4;  // rows of the cache that a thread loads before it works on them
 constexpr int kMaxWidth = 256;
 
 FASTLM_DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -63,7 +63,8 @@ FASTLM_DEVICE float* partial(const DecodeAttention& p, int64_t b, int64_t part, 
   return p.workspace + (((b * parts + part) * p.heads + head) * p.rows + t) * (p.width + 2);
 }
 
-template <class T>
+// kRows: (head, row) pairs worked on at a time. 4: 32 sums and 32 numbers of q in registers; 1 where there is one.
+template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads) decode_parts_kernel(const DecodeAttention p, const int lanes, const bool vectors) {
   FASTLM_SHARED(float, scores, kRows* kPart);
   FASTLM_SHARED(Place, places, kPart);
@@ -91,19 +92,28 @@ __global__ void __launch_bounds__(kThreads) decode_parts_kernel(const DecodeAtte
       load_eight(static_cast<const T*>(p.q) + ((b * p.rows + t) * p.heads + head) * p.width, d, width, vectors, q[r]);
     }
     __syncthreads();  // places are there; the scores and sums of the rows before have been read
-    for (int j0 = 0; j0 < n; j0 += slots) {
-      const int j = j0 + slot < n ? j0 + slot : n - 1;
-      const Place at = places[j];
-      float key[kVector];
-      load_eight(k + (at.entry < 0 ? 0 : at.entry * p.k_strides[0]) + at.row * p.k_strides[1] + kv_head * p.k_strides[2], d,
-                 width, vectors, key);
+    for (int j0 = 0; j0 < n; j0 += kAhead * slots) {
+      float key[kAhead][kVector];
+      bool there[kAhead];
 #pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        float s = 0.0f;
+      for (int a = 0; a < kAhead; a++) {
+        const int j = j0 + a * slots + slot;
+        const Place at = places[j < n ? j : n - 1];
+        there[a] = at.entry >= 0;
+        load_eight(k + (there[a] ? at.entry * p.k_strides[0] : 0) + at.row * p.k_strides[1] + kv_head * p.k_strides[2], d, width,
+                   vectors, key[a]);
+      }
 #pragma unroll
-        for (int i = 0; i < kVector; i++) s = fmaf(q[r][i], key[i], s);
-        for (int offset = lanes / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(kFullWarp, s, offset);
-        if (d == 0 && j0 + slot < n) scores[r * kPart + j] = at.entry < 0 ? -infinity() : s * p.scale;
+      for (int a = 0; a < kAhead; a++) {
+        const int j = j0 + a * slots + slot;
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+          float s = 0.0f;
+#pragma unroll
+          for (int i = 0; i < kVector; i++) s = fmaf(q[r][i], key[a][i], s);
+          for (int offset = lanes / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(kFullWarp, s, offset);
+          if (d == 0 && j < n) scores[r * kPart + j] = there[a] ? s * p.scale : -infinity();
+        }
       }
     }
     __syncthreads();
@@ -143,16 +153,27 @@ __global__ void __launch_bounds__(kThreads) decode_parts_kernel(const DecodeAtte
     __syncthreads();
 
     float out[kRows][kVector] = {};
-    for (int j = slot; j < n; j += slots) {
-      const Place at = places[j];
-      if (at.entry < 0) continue;
-      float value[kVector];
-      load_eight(v + at.entry * p.v_strides[0] + at.row * p.v_strides[1] + kv_head * p.v_strides[2], d, width, vectors, value);
+    for (int j0 = slot; j0 < n; j0 += kAhead * slots) {
+      float value[kAhead][kVector];
+      bool there[kAhead];
 #pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        const float weight = r0 + r < rows ? scores[r * kPart + j] : 0.0f;
+      for (int a = 0; a < kAhead; a++) {
+        const int j = j0 + a * slots;
+        const Place at = places[j < n ? j : n - 1];
+        there[a] = j < n && at.entry >= 0;  // what is not there may be NaN, and must not be weighed, not even with 0
+        if (there[a]) {
+          load_eight(v + at.entry * p.v_strides[0] + at.row * p.v_strides[1] + kv_head * p.v_strides[2], d, width, vectors, value[a]);
+        }
+      }
 #pragma unroll
-        for (int i = 0; i < kVector; i++) out[r][i] = fmaf(weight, value[i], out[r][i]);
+      for (int a = 0; a < kAhead; a++) {
+        if (!there[a]) continue;
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+          const float weight = r0 + r < rows ? scores[r * kPart + j0 + a * slots] : 0.0f;
+#pragma unroll
+          for (int i = 0; i < kVector; i++) out[r][i] = fmaf(weight, value[a][i], out[r][i]);
+        }
       }
     }
 #pragma unroll
@@ -207,7 +228,9 @@ void run(const DecodeAttention& p, cudaStream_t stream) {
   int lanes = 1;
   while (lanes * kVector < p.width) lanes *= 2;
   const dim3 parts(static_cast<unsigned>(decode_parts(p.capacity)), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
-  launch("decode_attention_parts", {parts, dim3(kThreads), 0, stream}, decode_parts_kernel<T>, p, lanes, vectors);
+  const bool one = p.heads == p.kv_heads && p.rows == 1;
+  launch("decode_attention_parts", {parts, dim3(kThreads), 0, stream}, one ? decode_parts_kernel<T, 1> : decode_parts_kernel<T, 4>,
+         p, lanes, vectors);
   const dim3 rows(static_cast<unsigned>(p.heads * p.rows), static_cast<unsigned>(p.batch));
   launch("decode_attention", {rows, dim3(kThreads), 0, stream}, combine<T>, p);
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastlm.generation.cache import KVCache, RaggedCache, decode_attention, is_decoding
 from fastlm.models.gpt import GPT
 from fastlm.ops import graphs
+from fastlm.ops.decode_attention.native import append
 
 
 class _Stores(NamedTuple):
@@ -33,7 +34,6 @@ class _DeviceCache:
     def __init__(self, stores: _Stores, lengths: Tensor) -> None:
         """lengths: (B) int64, the tokens that each row has."""
         self.stores, self.lengths = stores, lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
         self.visible = (lengths + 1).int()
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
@@ -43,7 +43,7 @@ class _DeviceCache:
         if not is_decoding(q, k, v, options):
             raise AssertionError("a step that is not one token of causal attention was to be recorded")
         keys, values = self.stores.keys[layer], self.stores.values[layer]
-        keys[self.rows, self.lengths], values[self.rows, self.lengths] = k[:, 0], v[:, 0]
+        append(keys, values, k[:, 0], v[:, 0], self.lengths)
         return decode_attention(q, keys, values, self.visible, options)
 
     def advance(self, tokens: int) -> None:

@@ -110,6 +110,9 @@ class Compiled:
     def grad_norm_cuda(self, *arguments: Any) -> None:
         module().grad_norm_cuda(*arguments)
 
+    def cache_append_cuda(self, *arguments: Any) -> None:
+        module().cache_append_cuda(*arguments)
+
     def decode_attention(self, on_cuda: bool, *arguments: Any) -> None:
         module().decode_attention(True, *arguments)
 

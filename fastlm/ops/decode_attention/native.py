@@ -18,6 +18,29 @@ def unsupported(q: Tensor, k_cache: Tensor, *rest: object) -> str | None:
     return None
 
 
+def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    """k and v (B, H_kv, D) into row at[b] of each sequence b of the caches (B, S, H_kv, D); at (B) int64, from 0 to
+    S - 1. Waits for nothing."""
+    pair = ((k_cache, k), (v_cache, v))
+    packed = all(t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] for both in pair for t in both)
+    built = native.on_cuda(k) and not (k.is_cuda and native.cuda_unavailable() is not None)
+    if not built or k.dtype not in DTYPE_CODE or not packed:
+        rows = torch.arange(len(at), device=at.device)
+        k_cache[rows, at], v_cache[rows, at] = k, v
+        return
+    strides = (*k_cache.stride()[:2], *v_cache.stride()[:2], k.stride(0), v.stride(0))
+    with native.on_its_device(k):
+        native.C.cache_append_cuda(
+            tuple(map(pointer, (k_cache, v_cache, k, v, at))),
+            strides,
+            len(k),
+            k_cache.shape[1],
+            k.shape[1] * k.shape[2],
+            DTYPE_CODE[k.dtype],
+            native.stream(k),
+        )
+
+
 def forward(
     q: Tensor,
     k_cache: Tensor,
