@@ -5,6 +5,9 @@
 // The tensor cores are to be busy all the time. So a warpgroup starts the scores of a tile together with the outputs of the
 // tile before, and computes the weights of the one while the other is under way; and the warpgroups take turns at starting
 // products, so that one's softmax falls into the others' products.
+#include <algorithm>
+#include <type_traits>
+
 #include "attention/sm80/launch.h"
 #include "attention/sm90/forward.h"
 #include "attention/sm90/forward_schedule.h"
@@ -21,7 +24,7 @@ namespace cuda {
 namespace {
 
 template <class T>
-constexpr auto kWgmmaType = sizeof(T) == 2 && std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
+constexpr auto kWgmmaType = std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
 template <class T>
 constexpr auto kMapType = std::is_same_v<T, __half> ? ElementType::f16 : ElementType::bf16;
 
@@ -152,13 +155,14 @@ FASTLM_DEVICE void start_outputs(float (&out)[S::kWidth / 2], const uint32_t (&w
   const uint64_t values = ptx::wgmma_descriptor(v, S::kColumns * kPanelRow, kAtomBytes, Swizzle::b128);
 #pragma unroll
   for (int step = 0; step < S::kColumns / 16; step++) {
-    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], values + step * 2 * kAtomBytes / 16, true);
+    const uint64_t rows = values + step * 2 * kAtomBytes / 16;
+    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], rows, true);
   }
   ptx::wgmma_commit();
 }
 
 // Values of another sequence's rows, which TMA has loaded behind the last of this one, become zeros: what is not seen has the
-// weight 0, and 0 * NaN is NaN. Every warpgroup does it for itself, before its product.
+// weight 0, and 0 * NaN is NaN. Every warpgroup does it for itself, before its product; they write the same zeros.
 template <class S>
 FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
@@ -234,10 +238,10 @@ struct Compute {
 
   Ring<S::kQStages> q_ring;
   Ring<S::kStages> k_ring, v_ring;
-  bool pending = false;         // the last tile's outputs are not started yet
-  Ring<S::kStages> pending_v;   // the stage of its values
-  int pending_clear = S::kColumns;  // from this row on they are of another sequence
-  ForwardRows rows;             // whose outputs these are
+  bool pending = false;  // the last tile's outputs are not started yet
+  Ring<S::kStages> pending_v;  // the stage of its values
+  int pending_clear = S::kColumns;  // from this row of the tile on they are of another sequence
+  ForwardRows rows;  // whose outputs these are
   ForwardSoftmax softmax;
   float out[S::kWidth / 2];
   uint32_t weights[S::kColumns / 16][4];
@@ -268,7 +272,7 @@ struct Compute {
     }
   }
 
-  // The next tile's outputs are pending: its first column, and that of the first column of no sequence or of another.
+  // The outputs of a tile, from `column` on, are pending; from column_end on its values are of another sequence.
   FASTLM_DEVICE void set_pending(int column, int column_end) {
     pending = true;
     pending_v = v_ring;
@@ -389,9 +393,13 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
   FASTLM_SHARED_DYNAMIC(data, 1024);
   FASTLM_SHARED(uint64_t, barriers, S::kBarriers);
   const Shared<S> shared(ptx::shared_address(data), ptx::shared_address(barriers));
-  if (threadIdx.x == 0) shared.init();
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map}) ptx::prefetch_tensor_map(map);
+    shared.init();
+  }
   __syncthreads();
-  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);  // the same in a warp, as the compiler now knows
+  // The same in a warp, as the compiler now knows.
+  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     ptx::setmaxnreg_decrease<S::kLoadRegisters>();
     if (threadIdx.x < 32 && ptx::elect_one()) load_all<S>(p, grid, shared, &q_map, &k_map, &v_map);
@@ -423,8 +431,9 @@ void launch_forward(const AttentionInputs& p, void* out, float* lse, cudaStream_
   const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
   const int works = grid.blocks * grid.heads * grid.sequences;
   if (works == 0) return;
-  launch("attention_forward", {dim3(static_cast<unsigned>(std::min(works, multiprocessors()))), dim3(S::kThreads), S::kBytes, stream},
-         attention_forward_wgmma<T, kWidth>, p, grid, map_of<T>(p.q, p.q_strides, p.batch, p.rows, p.heads, p.width, S::kRows),
+  const dim3 blocks(static_cast<unsigned>(std::min(works, multiprocessors())));
+  launch("attention_forward", {blocks, dim3(S::kThreads), S::kBytes, stream}, attention_forward_wgmma<T, kWidth>, p, grid,
+         map_of<T>(p.q, p.q_strides, p.batch, p.rows, p.heads, p.width, S::kRows),
          map_of<T>(p.k, p.k_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns),
          map_of<T>(p.v, p.v_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns), static_cast<T*>(out), lse);
 }
