@@ -428,6 +428,7 @@ TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows
 template <class T, int kWidth>
 void launch_forward(const AttentionInputs& p, void* out, float* lse, cudaStream_t stream) {
   using S = Shape<T, kWidth>;
+  static_assert(S::kBytes + 1024 <= 227 * 1024 && 8 * S::kBarriers <= 1024, "more shared memory than a block can have");
   const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
   const int works = grid.blocks * grid.heads * grid.sequences;
   if (works == 0) return;
