@@ -176,9 +176,9 @@ FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   ptx::barrier_sync(barrier, 128);
 }
 
-// A warpgroup's rows of a work: from `first` on, up to the sequence's end.
+// A warpgroup's rows of a work, from `first` on. Those before the sequence's `begin` are none.
 struct ForwardRows {
-  int batch, head, first, end;
+  int batch, head, first, begin;
 };
 
 // The outputs and the lse of a warp's 16 rows, through its part of shared memory, from where whole rows are stored.
@@ -192,7 +192,7 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
     const float sum = softmax.whole_sum(half);
     factor[half] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     const int row = warp_row + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && row < at.end) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
+    if (lane % 4 == 0 && row >= at.begin) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
   }
   constexpr int kChunks = S::kWidth / 8, kPanelBytes = 16 * kPanelRow;
   auto offset = [](int row, int chunk) { return chunk / 8 * kPanelBytes + row * kPanelRow + ((chunk % 8 ^ row % 8) << 4); };
@@ -211,11 +211,11 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
   // A lane has the same chunk of every kStep-th row.
   constexpr int kStep = 32 / kChunks;
   const int64_t step = kStep * p.heads * p.width;
-  const int first = lane / kChunks, chunk = lane % kChunks, end = chunk < static_cast<int>(p.width / 8) ? at.end : 0;
+  const int first = lane / kChunks, chunk = lane % kChunks, begin = chunk < static_cast<int>(p.width / 8) ? at.begin : kMaxLength;
   T* row = to + ((static_cast<int64_t>(at.batch) * p.rows + warp_row + first) * p.heads + at.head) * p.width + 8 * chunk;
 #pragma unroll
   for (int i = 0; i < 16; i += kStep, row += step) {
-    if (warp_row + first + i < end) {
+    if (warp_row + first + i >= begin) {
       *reinterpret_cast<uint4*>(row) = *reinterpret_cast<const uint4*>(staging + offset(first + i, chunk));
     }
   }
@@ -307,7 +307,7 @@ struct Compute {
     for (int i = works.next(); i >= 0; i = works.next()) {
       const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
       const int row = work.row0 + 64 * group;
-      const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row_end};
+      const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row};
       const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
       const bool sees = seen.begin < seen.end;
       if (work.tiles > 0) shared.q.wait(q_ring);
