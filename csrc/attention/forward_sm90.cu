@@ -306,6 +306,7 @@ struct Compute {
 #pragma unroll 1
     for (int i = works.next(); i >= 0; i = works.next()) {
       const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
+      if (work.row0 + S::kRows <= work.span.row) continue;  // the sequence is shorter than the longest
       const int row = work.row0 + 64 * group;
       const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row};
       const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
