@@ -5,6 +5,9 @@
 // The tensor cores are to be busy all the time. So a warpgroup starts the scores of a tile together with the outputs of the
 // tile before, and computes the weights of the one while the other is under way; and the warpgroups take turns at starting
 // products, so that one's softmax falls into the others' products.
+#include <algorithm>
+#include <type_traits>
+
 #include "attention/sm80/launch.h"
 #include "attention/sm90/forward.h"
 #include "attention/sm90/forward_schedule.h"
@@ -21,7 +24,7 @@ namespace cuda {
 namespace {
 
 template <class T>
-constexpr auto kWgmmaType = sizeof(T) == 2 && std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
+constexpr auto kWgmmaType = std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
 template <class T>
 constexpr auto kMapType = std::is_same_v<T, __half> ? ElementType::f16 : ElementType::bf16;
 
@@ -152,13 +155,14 @@ FASTLM_DEVICE void start_outputs(float (&out)[S::kWidth / 2], const uint32_t (&w
   const uint64_t values = ptx::wgmma_descriptor(v, S::kColumns * kPanelRow, kAtomBytes, Swizzle::b128);
 #pragma unroll
   for (int step = 0; step < S::kColumns / 16; step++) {
-    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], values + step * 2 * kAtomBytes / 16, true);
+    const uint64_t rows = values + step * 2 * kAtomBytes / 16;
+    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], rows, true);
   }
   ptx::wgmma_commit();
 }
 
 // Values of another sequence's rows, which TMA has loaded behind the last of this one, become zeros: what is not seen has the
-// weight 0, and 0 * NaN is NaN. Every warpgroup does it for itself, before its product.
+// weight 0, and 0 * NaN is NaN. Every warpgroup does it for itself, before its product; they write the same zeros.
 template <class S>
 FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
@@ -172,9 +176,9 @@ FASTLM_DEVICE void clear_values(unsigned char* v, int first, int barrier) {
   ptx::barrier_sync(barrier, 128);
 }
 
-// A warpgroup's rows of a work: from `first` on, up to the sequence's end.
+// A warpgroup's rows of a work, from `first` on. Those before the sequence's `begin` are none.
 struct ForwardRows {
-  int batch, head, first, end;
+  int batch, head, first, begin;
 };
 
 // The outputs and the lse of a warp's 16 rows, through its part of shared memory, from where whole rows are stored.
@@ -188,7 +192,7 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
     const float sum = softmax.whole_sum(half);
     factor[half] = sum == 0.0f ? 0.0f : ptx::reciprocal_approx(sum);
     const int row = warp_row + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && row < at.end) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
+    if (lane % 4 == 0 && row >= at.begin) lse[(at.batch * p.heads + at.head) * p.rows + row] = softmax.lse(half, sum);
   }
   constexpr int kChunks = S::kWidth / 8, kPanelBytes = 16 * kPanelRow;
   auto offset = [](int row, int chunk) { return chunk / 8 * kPanelBytes + row * kPanelRow + ((chunk % 8 ^ row % 8) << 4); };
@@ -207,11 +211,11 @@ FASTLM_DEVICE void store_rows(const AttentionInputs& p, const ForwardRows& at, c
   // A lane has the same chunk of every kStep-th row.
   constexpr int kStep = 32 / kChunks;
   const int64_t step = kStep * p.heads * p.width;
-  const int first = lane / kChunks, chunk = lane % kChunks, end = chunk < static_cast<int>(p.width / 8) ? at.end : 0;
+  const int first = lane / kChunks, chunk = lane % kChunks, begin = chunk < static_cast<int>(p.width / 8) ? at.begin : kMaxLength;
   T* row = to + ((static_cast<int64_t>(at.batch) * p.rows + warp_row + first) * p.heads + at.head) * p.width + 8 * chunk;
 #pragma unroll
   for (int i = 0; i < 16; i += kStep, row += step) {
-    if (warp_row + first + i < end) {
+    if (warp_row + first + i >= begin) {
       *reinterpret_cast<uint4*>(row) = *reinterpret_cast<const uint4*>(staging + offset(first + i, chunk));
     }
   }
@@ -234,10 +238,10 @@ struct Compute {
 
   Ring<S::kQStages> q_ring;
   Ring<S::kStages> k_ring, v_ring;
-  bool pending = false;         // the last tile's outputs are not started yet
-  Ring<S::kStages> pending_v;   // the stage of its values
-  int pending_clear = S::kColumns;  // from this row on they are of another sequence
-  ForwardRows rows;             // whose outputs these are
+  bool pending = false;  // the last tile's outputs are not started yet
+  Ring<S::kStages> pending_v;  // the stage of its values
+  int pending_clear = S::kColumns;  // from this row of the tile on they are of another sequence
+  ForwardRows rows;  // whose outputs these are
   ForwardSoftmax softmax;
   float out[S::kWidth / 2];
   uint32_t weights[S::kColumns / 16][4];
@@ -268,7 +272,7 @@ struct Compute {
     }
   }
 
-  // The next tile's outputs are pending: its first column, and that of the first column of no sequence or of another.
+  // The outputs of a tile, from `column` on, are pending; from column_end on its values are of another sequence.
   FASTLM_DEVICE void set_pending(int column, int column_end) {
     pending = true;
     pending_v = v_ring;
@@ -302,8 +306,9 @@ struct Compute {
 #pragma unroll 1
     for (int i = works.next(); i >= 0; i = works.next()) {
       const auto work = forward_work<S::kRows, S::kColumns>(p, grid, i);
+      if (work.row0 + S::kRows <= work.span.row) continue;  // the sequence is shorter than the longest
       const int row = work.row0 + 64 * group;
-      const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row_end};
+      const ForwardRows here{p.cu_seqlens == nullptr ? work.sequence : 0, work.head, row, work.span.row};
       const ForwardTiles seen = ForwardTiles::seen<S::kColumns>(work, row);
       const bool sees = seen.begin < seen.end;
       if (work.tiles > 0) shared.q.wait(q_ring);
@@ -389,9 +394,13 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads, 1)
   FASTLM_SHARED_DYNAMIC(data, 1024);
   FASTLM_SHARED(uint64_t, barriers, S::kBarriers);
   const Shared<S> shared(ptx::shared_address(data), ptx::shared_address(barriers));
-  if (threadIdx.x == 0) shared.init();
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map}) ptx::prefetch_tensor_map(map);
+    shared.init();
+  }
   __syncthreads();
-  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);  // the same in a warp, as the compiler now knows
+  // The same in a warp, as the compiler now knows.
+  const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     ptx::setmaxnreg_decrease<S::kLoadRegisters>();
     if (threadIdx.x < 32 && ptx::elect_one()) load_all<S>(p, grid, shared, &q_map, &k_map, &v_map);
@@ -420,11 +429,13 @@ TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows
 template <class T, int kWidth>
 void launch_forward(const AttentionInputs& p, void* out, float* lse, cudaStream_t stream) {
   using S = Shape<T, kWidth>;
+  static_assert(S::kBytes + 1024 <= 227 * 1024 && 8 * S::kBarriers <= 1024, "more shared memory than a block can have");
   const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
   const int works = grid.blocks * grid.heads * grid.sequences;
   if (works == 0) return;
-  launch("attention_forward", {dim3(static_cast<unsigned>(std::min(works, multiprocessors()))), dim3(S::kThreads), S::kBytes, stream},
-         attention_forward_wgmma<T, kWidth>, p, grid, map_of<T>(p.q, p.q_strides, p.batch, p.rows, p.heads, p.width, S::kRows),
+  const dim3 blocks(static_cast<unsigned>(std::min(works, multiprocessors())));
+  launch("attention_forward", {blocks, dim3(S::kThreads), S::kBytes, stream}, attention_forward_wgmma<T, kWidth>, p, grid,
+         map_of<T>(p.q, p.q_strides, p.batch, p.rows, p.heads, p.width, S::kRows),
          map_of<T>(p.k, p.k_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns),
          map_of<T>(p.v, p.v_strides, p.batch, p.columns, p.kv_heads, p.width, S::kColumns), static_cast<T*>(out), lse);
 }

@@ -9,11 +9,12 @@ namespace fastlm::cuda {
 struct ForwardWork {
   Span span;
   int sequence, head;
-  int row0;          // of kRows; none where it is not below span.row_end
+  int row0;          // of kRows, of which those before span.row are none
   int first, tiles;  // tile t has the keys from first + (tiles - 1 - t) * kColumns on
 };
 
-// Work number i. The last rows of all heads come first: under a causal mask they see the most.
+// Work number i. The last rows of all heads come first: under a causal mask they see the most. What is left over where kRows
+// does not divide the rows is the first of them, which see the least: a block that is not full costs as much as a full one.
 template <int kRows, int kColumns>
 FASTLM_DEVICE ForwardWork forward_work(const AttentionInputs& p, const Grid& grid, int i) {
   const int planes = grid.heads * grid.sequences, plane = i % planes;
@@ -21,11 +22,11 @@ FASTLM_DEVICE ForwardWork forward_work(const AttentionInputs& p, const Grid& gri
   work.head = plane % grid.heads;
   work.sequence = plane / grid.heads;
   work.span = span_of(p, work.sequence);
-  work.row0 = work.span.row + (grid.blocks - 1 - i / planes) * kRows;
+  work.row0 = work.span.row_end - (i / planes + 1) * kRows;
   work.first = work.tiles = 0;
-  if (work.row0 < work.span.row_end) {
-    work.first = work.span.low(work.row0);
-    const int end = work.span.high(work.span.last(work.row0 + kRows));
+  if (work.row0 + kRows > work.span.row) {
+    work.first = work.span.low(max(work.row0, work.span.row));
+    const int end = work.span.high(work.row0 + kRows - 1);
     if (end > work.first) work.tiles = (end - work.first + kColumns - 1) / kColumns;
   }
   return work;
@@ -55,8 +56,8 @@ struct ForwardTiles {
 
   template <int kColumns>
   static FASTLM_DEVICE ForwardTiles seen(const ForwardWork& work, int row) {
-    if (row >= work.span.row_end) return {work.tiles, work.tiles};
-    const int low = work.span.low(row) - work.first, high = work.span.high(work.span.last(row + 64)) - work.first;
+    if (row + 64 <= work.span.row) return {work.tiles, work.tiles};
+    const int low = work.span.low(max(row, work.span.row)) - work.first, high = work.span.high(row + 63) - work.first;
     if (high <= low) return {work.tiles, work.tiles};
     return {work.tiles - (high + kColumns - 1) / kColumns, work.tiles - low / kColumns};
   }
