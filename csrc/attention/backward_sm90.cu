@@ -1,5 +1,5 @@
-// attention.h on Hopper (sm_90a), backward: dq, dk and dv in one pass as in backward_one_pass_sm80.cu, in the same fixed
-// order, with TMA and wgmma. As many blocks of threads run as there are multiprocessors; each draws one ticket after the
+// attention.h on Hopper (sm_90a), backward: dq, dk and dv in one pass as in backward_one_pass_sm80.cu, dq in a fixed order
+// as there, with TMA and wgmma. As many blocks of threads run as there are multiprocessors; each draws one ticket after the
 // other. So a block waits for turns of smaller tickets only, and the smallest that is not done waits for nobody.
 #include "attention/sm90_backward/consume.h"
 #include "attention/sm90_backward/load.h"
@@ -13,15 +13,16 @@ using namespace sm90_backward;
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_sm90(const __grid_constant__ BackwardInputs in, const Grid grid, const OnePassWorkspace w,
-                            const __grid_constant__ Maps maps) {
+    attention_backward_sm90(const __grid_constant__ Task task, float scale, const float* __restrict__ lse,
+                            const float* __restrict__ delta, const OnePassWorkspace w, const __grid_constant__ Maps maps) {
 #ifdef FASTLM_SM90A
   using S = Shape<T, kWidth>;
   FASTLM_SHARED_DYNAMIC(shared, 1024);
   FASTLM_SHARED(uint64_t, barriers, S::kBarriers);
   FASTLM_SHARED(int, tickets, S::kKeyStages);
   const S s{ptx::shared_address(shared), ptx::shared_address(barriers)};
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32;
+  // By a shuffle, so that ptxas sees that all lanes have the same: descriptors are then computed once for the warp.
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0), group = warp / 4;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kKeyStages; i++) {
       ptx::mbarrier_init(s.keys_full(i), 1);
@@ -42,13 +43,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (group == 0) {
-    ptx::setmaxnreg_decrease<40>();
-    if (warp == 0 && ptx::elect_one()) load(s, in, grid, w.ticket, maps, tickets);
-    if ((warp == 1 || warp == 2) && ptx::elect_one()) add_sums(s, in, grid, w, tickets, warp - 1);
+    ptx::setmaxnreg_decrease<24>();
+    if (warp == 0 && ptx::elect_one()) load(s, task, lse, delta, w.ticket, maps, tickets);
+    if ((warp == 1 || warp == 2) && ptx::elect_one()) add_sums(s, task, w, tickets, warp - 1);
     __syncwarp();
   } else {
-    ptx::setmaxnreg_increase<232>();
-    consume(s, shared, in, grid, maps, tickets, group - 1);
+    ptx::setmaxnreg_increase<240>();
+    consume(s, shared, task, scale, maps, tickets, group - 1);
   }
 #endif
 }
@@ -111,11 +112,27 @@ void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void
   const Maps maps{queries(p.q, p.q_strides),          keys(p.k, p.k_strides, kKeys),     keys(p.v, p.v_strides, kKeys),
                   queries(inputs.dout, inputs.dout_strides), keys(dk, contiguous, kGroupKeys), keys(dv, contiguous, kGroupKeys)};
   const Grid grid = grid_of(p, p.columns, kKeys, p.kv_heads);
-  const unsigned works = blocks_of(grid).x;
-  launch("attention_backward", {dim3(std::min(works, static_cast<unsigned>(multiprocessors()))), dim3(kThreads), S::kBytes, stream},
-         attention_backward_sm90<T, kWidth>, inputs, grid, w, maps);
+  const int works = static_cast<int>(blocks_of(grid).x), sms = multiprocessors();
+  auto narrow = [](int64_t n) { return static_cast<int>(n); };
+  auto side = [&](int64_t n) { return n < 0 || n > kUnbounded ? kUnbounded : narrow(n); };
+  const int rows = narrow(p.rows), columns = narrow(p.columns);
+  Task task{};
+  task.span = {0, rows, 0, columns, columns - rows, side(p.window_left), side(p.window_right)};
+  task.heads = narrow(p.heads), task.kv_heads = narrow(p.kv_heads), task.shared_by = task.heads / task.kv_heads;
+  task.key_blocks = grid.blocks, task.query_blocks = (rows + S::kQueries - 1) / S::kQueries;
+  task.pairs = grid.heads * grid.sequences;
+  // A block of keys is some steps behind the one before it if its head is this far from the last that began: a block's length
+  // in steps, and as many for the sum to come through. Under a causal mask works are half as long as here.
+  constexpr int kApart = 2 * kKeys / S::kQueries + 1;
+  const int64_t seen = std::min<int64_t>(rows, int64_t{kKeys} + task.span.left + task.span.right);
+  const int64_t steps = (seen + S::kQueries - 1) / S::kQueries * task.shared_by;
+  task.group = narrow(std::min<int64_t>(task.pairs, kApart * sms / steps + 1));
+  task.padded_rows = (rows + 127) / 128 * 128;
+  task.factor = p.scale * kLog2E;
+  launch("attention_backward", {dim3(static_cast<unsigned>(std::min(works, sms))), dim3(kThreads), S::kBytes, stream},
+         attention_backward_sm90<T, kWidth>, task, p.scale, inputs.lse, inputs.delta, w, maps);
   const Grid sums = grid_of(p, p.rows, S::kQueries / 2, p.heads);
-  const unsigned blocks = static_cast<unsigned>((p.rows + S::kQueries - 1) / S::kQueries * 2 * sums.heads * sums.sequences);
+  const unsigned blocks = static_cast<unsigned>(2 * task.query_blocks * sums.heads * sums.sequences);
   launch("attention_dq", {dim3(blocks), dim3(kDqThreads), 0, stream}, attention_dq_sm90<T, kWidth>, p, w, static_cast<T*>(dq));
 }
 

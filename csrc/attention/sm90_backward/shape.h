@@ -66,7 +66,4 @@ struct Shape {
   FASTLM_DEVICE uint32_t sum_empty(int group) const { return ds_full() + 8 * (4 + group); }
 };
 
-// Queries in a head of lse and of delta, with those that fill the last block up.
-FASTLM_DEVICE int64_t padded_rows(const AttentionInputs& p) { return (p.rows + 127) / 128 * 128; }
-
 }  // namespace fastlm::cuda::sm90_backward
