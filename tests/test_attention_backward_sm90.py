@@ -1,5 +1,4 @@
-"""The backward of attention for Hopper (csrc/attention/backward_sm90.cu), on the emulator or on a GPU of compute capability
-9.0."""
+"""The backward of attention for Hopper (csrc/attention/backward_sm90.cu), on the emulator or on a GPU that has it."""
 
 from __future__ import annotations
 
@@ -98,15 +97,18 @@ class Backward:
             check(f"d{name}", g, w, t, dtype)
 
 
-MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (37, 20)}, "left": {"causal": True, "window": (5, 0)}}
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (37, 20)},
+    "left": {"causal": True, "window": (5, 0)},
+}
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("width", [8, 40, 64, 72, 128])
 @sixteen_bit
-def test_widths_and_masks(
-    device: str, dtype: torch.dtype, width: int, mask: str, launches: Callable[[], int]
-) -> None:
+def test_widths_and_masks(device: str, dtype: torch.dtype, width: int, mask: str, launches: Callable[[], int]) -> None:
     backward = Backward(device, {**tensors(device, dtype, length=141, width=width), **MASKS[mask]}, return_lse=True)
     launches()
     got = backward.gradients()
@@ -118,7 +120,7 @@ def test_widths_and_masks(
 @pytest.mark.parametrize("size", [(1, 2), (1, 200), (200, 3), (65, 300), (300, 65), (256, 128), (129, 257)], ids=str)
 @pytest.mark.parametrize("width", [64, 128])
 def test_lengths(device: str, width: int, size: tuple[int, int], mask: str, launches: Callable[[], int]) -> None:
-    """With T < S, and with T > S, where the first rows see nothing under a mask; windows leave keys that nobody sees."""
+    """With T < S, and with T > S, where rows see nothing under a mask; windows leave keys that nobody sees."""
     arguments = tensors(device, torch.bfloat16, length=size[0], columns=size[1], width=width)
     backward = Backward(device, {**arguments, **MASKS[mask]})
     launches()
@@ -155,7 +157,9 @@ def test_strided_views(device: str, dtype: torch.dtype, kv_heads: int, launches:
     q, k, v = whole.unflatten(2, (-1, width)).split((heads, kv_heads, kv_heads), 2)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
     backward = Backward(
-        device, {"q": q, "k": k, "v": v, "causal": True}, layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)
+        device,
+        {"q": q, "k": k, "v": v, "causal": True},
+        layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     )
     launches()
     got = backward.gradients()

@@ -35,10 +35,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init(s.ds_full(), 8);
     ptx::mbarrier_init(s.ds_empty(), 8);
-    for (int i = 0; i < 2; i++) {
-      ptx::mbarrier_init(s.sum_full(i), 4);
-      ptx::mbarrier_init(s.sum_empty(i), 1);
-    }
+    ptx::mbarrier_init(s.sum_empty(), 1);
+    for (int i = 0; i < 2; i++) ptx::mbarrier_init(s.sum_full(i), 8);
     ptx::mbarrier_fence_init();
   }
   __syncthreads();
@@ -56,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kDqThreads = 256;
 
-// dq: from a warpgroup's sums to rows of T, a block of threads for each. Queries that see nothing have no sum. A thread
+// dq: from sums to rows of T, a block of threads for a warpgroup's half of each. Queries that see nothing have no sum. A thread
 // takes 8 columns of the rows g and g + 8 of one of the four warps.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kDqThreads)
@@ -64,13 +62,13 @@ __global__ void __launch_bounds__(kDqThreads)
   using S = Shape<T, kWidth>;
   const unsigned blocks = static_cast<unsigned>((p.rows + S::kQueries - 1) / S::kQueries), heads = static_cast<unsigned>(p.heads);
   const unsigned part = blockIdx.x % 2, number = blockIdx.x / 2, head = number % heads;
-  const int64_t sum = blockIdx.x, block = number / heads % blocks, batch = number / heads / blocks;
+  const int64_t block = number / heads % blocks, batch = number / heads / blocks;
   const int n = threadIdx.x % 8, g = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
   const int64_t row0 = block * S::kQueries + (S::kHalves == 1 ? part * 64 : 0) + 16 * warp + g;
   const int column = (S::kHalves == 1 ? 0 : static_cast<int>(part) * kColumns) + 8 * n;
   float v[2][8] = {};
-  if (w.turns[sum] > 0) {
-    const auto* from = reinterpret_cast<const float4*>(w.dq + sum * kSum) + 128 * n + 32 * warp + 4 * g;
+  if (w.turns[number] > 0) {
+    const auto* from = reinterpret_cast<const float4*>(w.dq + int64_t{blockIdx.x} * (kSum / 2)) + 128 * n + 32 * warp + 4 * g;
 #pragma unroll
     for (int t = 0; t < 4; t++) {
       const float4 x = from[t];
@@ -104,7 +102,9 @@ template <class T, int kWidth>
 void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
   using S = Shape<T, kWidth>;
   const AttentionInputs& p = inputs.p;
-  auto queries = [&](const void* data, const Strides& s) { return map_of<T>(data, s, p.batch, p.rows, p.heads, p.width, S::kQueries); };
+  auto queries = [&](const void* data, const Strides& s) {
+    return map_of<T>(data, s, p.batch, p.rows, p.heads, p.width, S::kQueries);
+  };
   auto keys = [&](const void* data, const Strides& s, int box_rows) {
     return map_of<T>(data, s, p.batch, p.columns, p.kv_heads, p.width, box_rows);
   };
@@ -121,9 +121,10 @@ void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void
   task.heads = narrow(p.heads), task.kv_heads = narrow(p.kv_heads), task.shared_by = task.heads / task.kv_heads;
   task.key_blocks = grid.blocks, task.query_blocks = (rows + S::kQueries - 1) / S::kQueries;
   task.pairs = grid.heads * grid.sequences;
-  // A block of keys is some steps behind the one before it if its head is this far from the last that began: a block's length
-  // in steps, and as many for the sum to come through. Under a causal mask works are half as long as here.
-  constexpr int kApart = 2 * kKeys / S::kQueries + 1;
+  // The next block of keys of a head is to begin kApart / 2 or more steps later: so it finds the sums of this one, which takes
+  // kKeys / kQueries steps to come to the next one's first queries. With all blocks of threads at work one begins every
+  // steps / sms, or twice as often under a causal mask.
+  constexpr int kApart = 2 * kKeys / S::kQueries + 2;
   const int64_t seen = std::min<int64_t>(rows, int64_t{kKeys} + task.span.left + task.span.right);
   const int64_t steps = (seen + S::kQueries - 1) / S::kQueries * task.shared_by;
   task.group = narrow(std::min<int64_t>(task.pairs, kApart * sms / steps + 1));
@@ -147,9 +148,11 @@ bool tma_reads(const Strides& s, int64_t batch, int64_t rows, int64_t heads, int
 bool attention_backward_takes_sm90(const BackwardInputs& inputs) {
   const AttentionInputs& p = inputs.p;
   const int64_t size = size_of(p.type);
-  return p.wgmma && attention_backward_has_one_pass(p) && !has_general_kernel(p) && p.cu_seqlens == nullptr && p.batch > 0 &&
-         p.rows > 0 && p.columns > 0 && p.kv_heads > 0 && p.heads > 0 && tma_reads(p.q_strides, p.batch, p.rows, p.heads, size) &&
-         tma_reads(p.k_strides, p.batch, p.columns, p.kv_heads, size) && tma_reads(p.v_strides, p.batch, p.columns, p.kv_heads, size) &&
+  const bool any = p.batch > 0 && p.rows > 0 && p.columns > 0 && p.heads > 0 && p.kv_heads > 0;
+  return p.wgmma && attention_backward_has_one_pass(p) && !has_general_kernel(p) && p.cu_seqlens == nullptr && any &&
+         tma_reads(p.q_strides, p.batch, p.rows, p.heads, size) &&
+         tma_reads(p.k_strides, p.batch, p.columns, p.kv_heads, size) &&
+         tma_reads(p.v_strides, p.batch, p.columns, p.kv_heads, size) &&
          tma_reads(inputs.dout_strides, p.batch, p.rows, p.heads, size);
 }
 

@@ -80,9 +80,10 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
                            int group) {
   using T = typename S::T;
   constexpr int kQueries = S::kQueries;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, first_key = group * kGroupKeys, warp_key = first_key + thread / 32 * 16;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int first_key = group * kGroupKeys, warp_key = first_key + thread / 32 * 16;
   const float* const statistics = reinterpret_cast<const float*>(shared + S::kStatisticsAt);
-  float* const sum = reinterpret_cast<float*>(shared + S::kSumAt + group * kSumBytes) + 4 * thread;
+  float* const sum = reinterpret_cast<float*>(shared + S::kSumAt + group * kSumBytes / 2) + 4 * thread;
   auto arrive = [&](uint32_t barrier) {  // of a warp, which is together
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
@@ -97,8 +98,12 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
     float dk[S::kWidth / 2] = {}, dv[S::kWidth / 2] = {};
     int left = work.steps(), row = work.first_row;
     const int key0 = work.key0 + first_key;
+    // Its part of dQ: 64 of the queries, or of the columns, whichever there are 128 of.
+    const uint32_t dq_rows = s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0);
+    const uint32_t dq_columns = k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes);
     // The first rows of the blocks of queries that see all of these keys.
-    const int seen_from = key0 + kGroupKeys > task.span.column_end ? work.row_stop : key0 + kGroupKeys - task.span.diagonal - task.span.right - 1;
+    const bool past_end = key0 + kGroupKeys > task.span.column_end;
+    const int seen_from = past_end ? work.row_stop : key0 + kGroupKeys - task.span.diagonal - task.span.right - 1;
     const int seen_to = key0 - task.span.diagonal + task.span.left + 1 - kQueries;
     if (left > 0) {
       float score[kQueries / 2];
@@ -145,8 +150,7 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         ptx::mbarrier_wait(s.ds_full(), step % 2);
         ptx::wgmma_fence();
         float dq[32];
-        // Its queries, or its columns, whichever there are 128 of.
-        dq_of<S>(dq, s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0), k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes));
+        dq_of<S>(dq, dq_rows, dq_columns);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::held(p);
@@ -160,14 +164,14 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         ptx::wgmma_wait<1>();
         ptx::arrived(dq);
         arrive(s.ds_empty());
-        ptx::mbarrier_wait(s.sum_empty(group), step % 2 ^ 1);
+        ptx::mbarrier_wait(s.sum_empty(), step % 2 ^ 1);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           *reinterpret_cast<float4*>(sum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
         }
         ptx::fence_proxy_async();
         __syncwarp();
-        arrive(s.sum_full(group));
+        arrive(s.sum_full(step % 2));
         ptx::wgmma_wait<0>();
         ptx::arrived(score);
         step++;

@@ -22,7 +22,8 @@ FASTLM_DEVICE void load_rows(uint32_t to, const TensorMap* map, uint32_t full, i
 }
 
 template <class S>
-FASTLM_DEVICE void load(const S& s, const Task& task, const float* lse, const float* delta, uint32_t* next_ticket, const Maps& maps, int* tickets) {
+FASTLM_DEVICE void load(const S& s, const Task& task, const float* lse, const float* delta, uint32_t* next_ticket,
+                        const Maps& maps, int* tickets) {
   constexpr int kQueries = S::kQueries;
   int step = 0;
   for (int n = 0;; n++) {
