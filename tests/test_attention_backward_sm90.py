@@ -1,5 +1,4 @@
-"""The backward of attention for Hopper (csrc/attention/backward_sm90.cu), on the emulator or on a GPU of compute capability
-9.0."""
+"""The backward of attention for Hopper (csrc/attention/backward_sm90.cu), on the emulator or on a GPU that has it."""
 
 from __future__ import annotations
 
@@ -121,7 +120,7 @@ def test_widths_and_masks(device: str, dtype: torch.dtype, width: int, mask: str
 @pytest.mark.parametrize("size", [(1, 2), (1, 200), (200, 3), (65, 300), (300, 65), (256, 128), (129, 257)], ids=str)
 @pytest.mark.parametrize("width", [64, 128])
 def test_lengths(device: str, width: int, size: tuple[int, int], mask: str, launches: Callable[[], int]) -> None:
-    """With T < S, and with T > S, where the first rows see nothing under a mask; windows leave keys that nobody sees."""
+    """With T < S, and with T > S, where rows see nothing under a mask; windows leave keys that nobody sees."""
     arguments = tensors(device, torch.bfloat16, length=size[0], columns=size[1], width=width)
     backward = Backward(device, {**arguments, **MASKS[mask]})
     launches()

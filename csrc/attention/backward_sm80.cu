@@ -22,7 +22,8 @@ struct Index {
 // log2e where the kernels that follow are the plain ones. Sets `zeros` words from `zero` on to 0.
 __global__ void __launch_bounds__(kThreads)
     attention_delta(const __grid_constant__ AttentionInputs p, const __grid_constant__ AttentionGradients g, float lse_factor,
-                    int64_t stride, float* __restrict__ lse, float* __restrict__ delta, uint32_t* __restrict__ zero, int64_t zeros) {
+                    int64_t stride, float* __restrict__ lse, float* __restrict__ delta, uint32_t* __restrict__ zero,
+                    int64_t zeros) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, index = thread / kLanes;  // of (B, T, H)
   for (int64_t i = thread; i < zeros; i += static_cast<int64_t>(gridDim.x) * kThreads) zero[i] = 0;
   const bool there = index < p.batch * p.rows * p.heads;

@@ -116,7 +116,9 @@ struct BulkStore {
   void read_shared() {
     if (was_read) return;
     was_read = true;
+    acquire(this);
     kernel_reads(block->shared.data + from, bytes);
+    release(this);
     if (std::memcmp(block->shared.data + from, block->shared.async_view + from, bytes) != 0) {
       fail(site, "a bulk store read shared memory that ordinary stores have written, with no fence.proxy.async between "
                  "them, or before the store was waited for");
@@ -135,6 +137,7 @@ struct BulkStore {
       if (reduction == BulkReduction::none) std::memcpy(to, value, size);
       else combine(reduction, type, to, value);
     });
+    release(this);
     note_progress();
   }
 };
@@ -217,6 +220,7 @@ void bulk_store(void* to, uint32_t from, uint32_t bytes, BulkReduction reduction
 void bulk_commit(Site site) {
   Ignored ignored;
   enter("cp.async.bulk.commit_group", site);
+  for (const auto& store : current->bulk.open) release(store.get());  // whoever runs it comes after this thread
   for (const auto& store : current->bulk.open) defer(nullptr, site, [store] { store->write_global(); });
   current->bulk.committed.push_back(std::move(current->bulk.open));
   current->bulk.open.clear();
@@ -228,7 +232,10 @@ void bulk_wait(int groups, bool only_read, Site site) {
   auto& committed = current->bulk.committed;
   const int done = static_cast<int>(committed.size()) - groups;
   for (int i = 0; i < done; i++) {
-    for (const auto& store : committed[static_cast<size_t>(i)]) only_read ? store->read_shared() : store->write_global();
+    for (const auto& store : committed[static_cast<size_t>(i)]) {
+      only_read ? store->read_shared() : store->write_global();
+      acquire(store.get());
+    }
   }
   // Groups whose global writes are still to come stay, for a later wait without .read.
   if (!only_read && done > 0) committed.erase(committed.begin(), committed.begin() + done);

@@ -30,7 +30,7 @@ struct OnePassWorkspace {
 
 void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
                                  cudaStream_t stream);
-// The same on Hopper: whether it can, and doing it. There a head's lse and delta have padded_rows each (attention.h).
+// The same on Hopper: whether it can, and doing it. There a head's lse and delta are as long as whole blocks of 128 queries.
 bool attention_backward_takes_sm90(const BackwardInputs& inputs);
 void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
                              cudaStream_t stream);

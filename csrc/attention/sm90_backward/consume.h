@@ -76,14 +76,14 @@ FASTLM_DEVICE void put(uint32_t tile, int rows, int first_row, const uint32_t (&
 }
 
 template <class S>
-FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInputs& in, const Grid& grid, const Maps& maps,
-                           const int* tickets, int group) {
+FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, float scale, const Maps& maps, const int* tickets,
+                           int group) {
   using T = typename S::T;
   constexpr int kQueries = S::kQueries;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, first_key = group * kGroupKeys, warp_key = first_key + thread / 32 * 16;
-  const float factor = in.p.scale * kLog2E;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int first_key = group * kGroupKeys, warp_key = first_key + thread / 32 * 16;
   const float* const statistics = reinterpret_cast<const float*>(shared + S::kStatisticsAt);
-  float* const sum = reinterpret_cast<float*>(shared + S::kSumAt + group * kSumBytes) + 4 * thread;
+  float* const sum = reinterpret_cast<float*>(shared + S::kSumAt + group * kSumBytes / 2) + 4 * thread;
   auto arrive = [&](uint32_t barrier) {  // of a warp, which is together
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
@@ -92,15 +92,19 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInpu
     const int slot = n % S::kKeyStages;
     ptx::mbarrier_wait(s.keys_full(slot), n / S::kKeyStages % 2);
     const int ticket = tickets[slot];
-    if (ticket >= works_of(grid)) return;
-    const Work<kQueries> work(in.p, grid, ticket);
+    if (ticket >= task.works()) return;
+    const Work<kQueries> work(task, ticket);
     const uint32_t k = s.k(slot), v = s.v(slot);
     float dk[S::kWidth / 2] = {}, dv[S::kWidth / 2] = {};
     int left = work.steps(), row = work.first_row;
-    const int key0 = work.key0 + first_key, key = work.key0 + warp_key + lane / 4;
+    const int key0 = work.key0 + first_key;
+    // Its part of dQ: 64 of the queries, or of the columns, whichever there are 128 of.
+    const uint32_t dq_rows = s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0);
+    const uint32_t dq_columns = k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes);
     // The first rows of the blocks of queries that see all of these keys.
-    const int seen_from = key0 + kGroupKeys > work.span.column_end ? work.row_stop : key0 + kGroupKeys - work.span.diagonal - work.span.right - 1;
-    const int seen_to = key0 - work.span.diagonal + work.span.left + 1 - kQueries;
+    const bool past_end = key0 + kGroupKeys > task.span.column_end;
+    const int seen_from = past_end ? work.row_stop : key0 + kGroupKeys - task.span.diagonal - task.span.right - 1;
+    const int seen_to = key0 - task.span.diagonal + task.span.left + 1 - kQueries;
     if (left > 0) {
       float score[kQueries / 2];
       auto begin_scores = [&](int i) {
@@ -123,12 +127,13 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInpu
         ptx::wgmma_fence();
         rows_by_rows<S>(gradient, v + first_key * kRowBytes, s.dout(stage));
         ptx::wgmma_commit();
-        to_weights<S>(score, factor, lse);
+        to_weights<S>(score, task.factor, lse);
         ptx::wgmma_wait<0>();
         ptx::arrived(gradient);
         to_gradients<S>(gradient, score, lse + kQueries);
         if (row < seen_from || row > seen_to) {
-          hide<S>(span_of(in.p, 0), {static_cast<int>(ptx::opaque(key)), row + 2 * (lane % 4)}, score, gradient);
+          const int key = work.key0 + warp_key + lane / 4;
+          hide<S>(task.span, {static_cast<int>(ptx::opaque(key)), row + 2 * (lane % 4)}, score, gradient);
         }
         Weights<S> p, ds;
         pack_all<T>(p, score);
@@ -145,31 +150,35 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInpu
         ptx::mbarrier_wait(s.ds_full(), step % 2);
         ptx::wgmma_fence();
         float dq[32];
-        // Its queries, or its columns, whichever there are 128 of.
-        dq_of<S>(dq, s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0), k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes));
+        dq_of<S>(dq, dq_rows, dq_columns);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
+        ptx::held(p);
+        ptx::held(ds);
         row = work.row_after(row);
         left--;
-        // After the last step once more the same, for nothing: products under a branch would be serialised. Only then the
-        // stage is given back, or its barrier could be a phase further.
+        // After the last step once more the same, for nothing: products under a branch would be serialised. Until they are
+        // done the stage is not given back.
         begin_scores(left > 0 ? step + 1 : step);
-        arrive(s.empty(stage));
+        if (left > 0) arrive(s.empty(stage));
         ptx::wgmma_wait<1>();
         ptx::arrived(dq);
         arrive(s.ds_empty());
-        ptx::mbarrier_wait(s.sum_empty(group), step % 2 ^ 1);
+        ptx::mbarrier_wait(s.sum_empty(), step % 2 ^ 1);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           *reinterpret_cast<float4*>(sum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
         }
         ptx::fence_proxy_async();
         __syncwarp();
-        arrive(s.sum_full(group));
+        arrive(s.sum_full(step % 2));
         ptx::wgmma_wait<0>();
         ptx::arrived(score);
         step++;
-        if (left == 0) break;
+        if (left == 0) {
+          arrive(s.empty(stage));
+          break;
+        }
       }
     }
     ptx::arrived(dk);
@@ -177,14 +186,14 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const BackwardInpu
     // Out by way of this warpgroup's rows of K and V. The other one has read K when its last dQ is done.
     ptx::mbarrier_wait(s.ds_empty(), step % 2 ^ 1);
     uint32_t rows[S::kWidth / 16][4];
-    pack_all<T>(rows, dk, in.p.scale);
+    pack_all<T>(rows, dk, scale);
     put(k, kKeys, warp_key, rows);
     pack_all<T>(rows, dv);
     put(v, kKeys, warp_key, rows);
     ptx::fence_proxy_async();
     group == 0 ? ptx::barrier_sync<1, 128>() : ptx::barrier_sync<2, 128>();
     if (thread / 32 == 0 && ptx::elect_one()) {
-      const Work<kQueries> done(in.p, grid, tickets[slot]);  // once more, so that it takes no registers in between
+      const Work<kQueries> done(task, tickets[slot]);  // once more, so that it takes no registers in between
 #pragma unroll
       for (int half = 0; half < S::kHalves; half++) {
         const int at[4] = {half * kColumns, done.kv_head, done.key0 + first_key, done.batch};

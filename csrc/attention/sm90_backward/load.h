@@ -22,7 +22,8 @@ FASTLM_DEVICE void load_rows(uint32_t to, const TensorMap* map, uint32_t full, i
 }
 
 template <class S>
-FASTLM_DEVICE void load(const S& s, const BackwardInputs& in, const Grid& grid, uint32_t* next_ticket, const Maps& maps, int* tickets) {
+FASTLM_DEVICE void load(const S& s, const Task& task, const float* lse, const float* delta, uint32_t* next_ticket,
+                        const Maps& maps, int* tickets) {
   constexpr int kQueries = S::kQueries;
   int step = 0;
   for (int n = 0;; n++) {
@@ -31,25 +32,25 @@ FASTLM_DEVICE void load(const S& s, const BackwardInputs& in, const Grid& grid, 
     ptx::mbarrier_wait(s.keys_empty(slot), n / S::kKeyStages % 2 ^ 1);
     const int ticket = static_cast<int>(atomicAdd(next_ticket, 1u));
     tickets[slot] = ticket;
-    if (ticket >= works_of(grid)) {
+    if (ticket >= task.works()) {
       ptx::mbarrier_arrive(keys_full);
       return;
     }
-    const Work<kQueries> work(in.p, grid, ticket);
+    const Work<kQueries> work(task, ticket);
     ptx::mbarrier_arrive_expect_tx(keys_full, 2 * S::kKeyTile);
     load_rows<kKeys, S::kHalves>(s.k(slot), &maps.k, keys_full, work.kv_head, work.key0, work.batch);
     load_rows<kKeys, S::kHalves>(s.v(slot), &maps.v, keys_full, work.kv_head, work.key0, work.batch);
 #pragma unroll 1
     for (Step now = work.first(); work.has(now); now = work.after(now), step++) {
       const int stage = step % kStages;
-      const int64_t statistics = (work.batch * in.p.heads + now.head) * padded_rows(in.p) + now.row;
+      const int64_t statistics = int64_t{work.batch * task.heads + now.head} * task.padded_rows + now.row;
       ptx::mbarrier_wait(s.empty(stage), step / kStages % 2 ^ 1);
       ptx::mbarrier_arrive_expect_tx(s.q_full(stage), S::kQueryTile + S::kStatistics);
       load_rows<kQueries, S::kHalves>(s.q(stage), &maps.q, s.q_full(stage), now.head, now.row, work.batch);
-      ptx::bulk_load(s.lse(stage), in.lse + statistics, S::kStatistics, s.q_full(stage));
+      ptx::bulk_load(s.lse(stage), lse + statistics, S::kStatistics, s.q_full(stage));
       ptx::mbarrier_arrive_expect_tx(s.dout_full(stage), S::kQueryTile + S::kStatistics);
       load_rows<kQueries, S::kHalves>(s.dout(stage), &maps.dout, s.dout_full(stage), now.head, now.row, work.batch);
-      ptx::bulk_load(s.delta(stage), in.delta + statistics, S::kStatistics, s.dout_full(stage));
+      ptx::bulk_load(s.delta(stage), delta + statistics, S::kStatistics, s.dout_full(stage));
     }
   }
 }

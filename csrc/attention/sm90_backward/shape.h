@@ -26,7 +26,7 @@ constexpr int kKeys = 128, kGroupKeys = 64;  // of a block, and of each of its t
 constexpr int kThreads = 384;                // one warpgroup more: it loads, and adds to dq
 constexpr int kColumns = 64, kRowBytes = 128, kAtom = 8 * kRowBytes;
 constexpr int kStages = 2;                      // of queries
-constexpr int kSum = 64 * 64, kSumBytes = 4 * kSum;  // the floats of dq that a warpgroup makes in a step
+constexpr int kSum = 2 * 64 * 64, kSumBytes = 4 * kSum;  // the floats of dq of a step; each warpgroup makes half of them
 
 template <class T_, int kWidth_>
 struct Shape {
@@ -34,12 +34,12 @@ struct Shape {
   static constexpr int kWidth = kWidth_, kHalves = kWidth / kColumns;
   static constexpr int kQueries = kWidth <= 64 ? 128 : 64;  // so that S, dP, dK and dV take 192 registers either way
   static constexpr int kKeyStages = kWidth <= 64 ? 2 : 1;   // of keys: the next block's are loaded before this one's is done
-  static_assert(kQueries * kWidth == 2 * kSum, "each warpgroup makes one half of dq");
+  static_assert(kQueries * kWidth == kSum, "each warpgroup makes 64 by 64 of dq");
 
   static constexpr int kKeyTile = kKeys * kWidth * 2, kQueryTile = kQueries * kWidth * 2, kDsTile = kQueries * kKeys * 2;
   static constexpr int kStatistics = kQueries * 4;
   static constexpr int kQueryAt = kKeyStages * 2 * kKeyTile, kDsAt = kQueryAt + kStages * 2 * kQueryTile;
-  static constexpr int kSumAt = kDsAt + kDsTile, kStatisticsAt = kSumAt + 2 * kSumBytes;
+  static constexpr int kSumAt = kDsAt + kDsTile, kStatisticsAt = kSumAt + kSumBytes;
   static constexpr int kBytes = kStatisticsAt + kStages * 2 * kStatistics;
 
   uint32_t base, barriers;  // shared addresses
@@ -49,12 +49,12 @@ struct Shape {
   FASTLM_DEVICE uint32_t q(int stage) const { return base + kQueryAt + stage * 2 * kQueryTile; }
   FASTLM_DEVICE uint32_t dout(int stage) const { return q(stage) + kQueryTile; }
   FASTLM_DEVICE uint32_t ds() const { return base + kDsAt; }
-  FASTLM_DEVICE uint32_t sum(int group) const { return base + kSumAt + group * kSumBytes; }
+  FASTLM_DEVICE uint32_t sum() const { return base + kSumAt; }
   FASTLM_DEVICE uint32_t lse(int stage) const { return base + kStatisticsAt + stage * 2 * kStatistics; }
   FASTLM_DEVICE uint32_t delta(int stage) const { return lse(stage) + kStatistics; }
 
   // Number n of what goes round in kCount places has the place n % kCount and its barriers' parity n / kCount % 2.
-  static constexpr int kBarriers = 2 * kKeyStages + 3 * kStages + 6;
+  static constexpr int kBarriers = 2 * kKeyStages + 3 * kStages + 5;
   FASTLM_DEVICE uint32_t keys_full(int slot) const { return barriers + 8 * slot; }
   FASTLM_DEVICE uint32_t keys_empty(int slot) const { return barriers + 8 * (kKeyStages + slot); }
   FASTLM_DEVICE uint32_t q_full(int stage) const { return barriers + 8 * (2 * kKeyStages + stage); }
@@ -62,11 +62,8 @@ struct Shape {
   FASTLM_DEVICE uint32_t empty(int stage) const { return q_full(stage) + 16 * kStages; }
   FASTLM_DEVICE uint32_t ds_full() const { return barriers + 8 * (2 * kKeyStages + 3 * kStages); }
   FASTLM_DEVICE uint32_t ds_empty() const { return ds_full() + 8; }
-  FASTLM_DEVICE uint32_t sum_full(int group) const { return ds_full() + 8 * (2 + group); }
-  FASTLM_DEVICE uint32_t sum_empty(int group) const { return ds_full() + 8 * (4 + group); }
+  FASTLM_DEVICE uint32_t sum_empty() const { return ds_full() + 16; }
+  FASTLM_DEVICE uint32_t sum_full(int of_two) const { return ds_full() + 8 * (3 + of_two); }  // by the step's parity
 };
-
-// Queries in a head of lse and of delta, with those that fill the last block up.
-FASTLM_DEVICE int64_t padded_rows(const AttentionInputs& p) { return (p.rows + 127) / 128 * 128; }
 
 }  // namespace fastlm::cuda::sm90_backward

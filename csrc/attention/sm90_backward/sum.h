@@ -1,6 +1,6 @@
-// dq: each warpgroup's half of a block of queries goes from shared memory to its sum in global memory, in its turn.
+// dq: a block of queries goes from shared memory to its sum in global memory, in its turn.
 //
-// A sum lies as the accumulators do: four floats of thread t for each 8 columns n, at 4 (128 n + t).
+// A sum lies as the accumulators do: of each warpgroup four floats of thread t for each 8 columns n, at 4 (128 n + t).
 #pragma once
 #include "attention/sm90_backward/work.h"
 #include "common/cuda/ptx_mbarrier.h"
@@ -9,38 +9,37 @@
 
 namespace fastlm::cuda::sm90_backward {
 
-// By one thread for each of the two warpgroups. The turn is passed on when the sum is complete in memory; the next in turn
-// is another bulk copy, behind a proxy of its own, hence the fences on both sides.
+// By two threads that take the steps in turns, since until a sum is complete in memory and the turn is passed on more time
+// may go by than a step takes. The next in turn is another bulk copy, behind a proxy of its own: hence the fences on both sides.
 template <class S>
-FASTLM_DEVICE void add_sums(const S& s, const BackwardInputs& in, const Grid& grid, const OnePassWorkspace& w, const int* tickets,
-                            int group) {
+FASTLM_DEVICE void add_sums(const S& s, const Task& task, const OnePassWorkspace& w, const int* tickets, int of_two) {
   int step = 0;
   for (int n = 0;; n++) {
     const int slot = n % S::kKeyStages;
     ptx::mbarrier_wait(s.keys_full(slot), n / S::kKeyStages % 2);
     const int ticket = tickets[slot];
     ptx::mbarrier_arrive(s.keys_empty(slot));
-    if (ticket >= works_of(grid)) return;
-    const Work<S::kQueries> work(in.p, grid, ticket);
+    if (ticket >= task.works()) return;
+    const Work<S::kQueries> work(task, ticket);
 #pragma unroll 1
     for (Step now = work.first(); work.has(now); now = work.after(now), step++) {
-      const int64_t sum = 2 * work.sum_of(in.p, now) + group;
-      const uint32_t turn = work.turn_of(now);
-      uint32_t* const at = w.turns + sum;
+      if (step % 2 != of_two) continue;
+      const int sum = work.sum_of(task, now);
+      const uint32_t turn = work.turn_of(task, now);
       if (turn > 0) {  // as a rule it has come before this one's part is there
-        while (ptx::load_acquire(at) != turn) {
+        while (ptx::load_acquire(w.turns + sum) != turn) {
         }
         ptx::fence_proxy_async_global();
       }
-      ptx::mbarrier_wait(s.sum_full(group), step % 2);
-      if (turn == 0) ptx::bulk_store(w.dq + sum * kSum, s.sum(group), kSumBytes);
-      else ptx::bulk_reduce_add_f32(w.dq + sum * kSum, s.sum(group), kSumBytes);
+      ptx::mbarrier_wait(s.sum_full(of_two), step / 2 % 2);
+      if (turn == 0) ptx::bulk_store(w.dq + int64_t{sum} * kSum, s.sum(), kSumBytes);
+      else ptx::bulk_reduce_add_f32(w.dq + int64_t{sum} * kSum, s.sum(), kSumBytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(s.sum_empty(group));
+      ptx::mbarrier_arrive(s.sum_empty());
       ptx::bulk_wait<0>();
       ptx::fence_proxy_async_global();
-      ptx::store_release(at, turn + 1);
+      ptx::store_release(w.turns + sum, turn + 1);
     }
   }
 }

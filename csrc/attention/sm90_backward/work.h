@@ -5,6 +5,21 @@
 
 namespace fastlm::cuda::sm90_backward {
 
+// All works, and how they are numbered. dq is added up from the first keys on. The heads of k and v are taken in groups: the
+// first block of keys of all heads of a group, then the next one of all. So a block of keys begins when the one before it is
+// some steps ahead, a group ends with what takes least time under a causal mask, and its dq is in the L2 cache meanwhile.
+// The host has computed what it can, in 32 bits: the threads that load have few registers.
+struct Task {
+  Span span;             // the same for all batch entries
+  int heads, kv_heads, shared_by;  // shared_by: heads of q for one of k and v
+  int key_blocks, query_blocks;    // of a head
+  int pairs, group;      // heads of k and v of all batch entries, and so many of them make a group
+  int padded_rows;       // of a head's lse and delta
+  float factor;          // of products q . k to scores in powers of 2
+
+  FASTLM_DEVICE int works() const { return key_blocks * pairs; }
+};
+
 // A block of queries of a head, by its first row.
 struct Step {
   int head, row;
@@ -12,40 +27,37 @@ struct Step {
 
 template <int kQueries>
 struct Work {
-  Span span;
-  int batch, kv_head, block, key0;  // block: how many there are after this one
-  int first_row, row_stop;
+  int batch, kv_head, key0;
+  int first_row, row_stop;  // of the rows that see the keys; first_row is a whole block's. row_stop is 0 if there are none
   int first_head, head_stop;
 
-  FASTLM_DEVICE Work(const AttentionInputs& p, const Grid& grid, int ticket) : span(span_of(p, 0)) {
-    const Place place(grid, ticket);
-    batch = place.sequence, kv_head = place.head, block = place.block;
-    key0 = (grid.blocks - 1 - block) * kKeys;
-    const Span keys = span.transposed();
-    const int low = keys.low(key0), group = static_cast<int>(p.heads / p.kv_heads);
-    row_stop = keys.high(keys.last(key0 + kKeys));
+  FASTLM_DEVICE Work(const Task& task, int ticket) {
+    const int first_pair = ticket / (task.group * task.key_blocks) * task.group;
+    const int pairs = min(task.group, task.pairs - first_pair), in_group = ticket - first_pair * task.key_blocks;
+    const int block = in_group / pairs, pair = first_pair + in_group - block * pairs;
+    key0 = block * kKeys;
+    batch = pair / task.kv_heads;
+    kv_head = pair - batch * task.kv_heads;
+    const Span keys = task.span.transposed();
+    const int low = keys.low(key0), stop = keys.high(keys.last(key0 + kKeys));
     first_row = low / kQueries * kQueries;
-    head_stop = (kv_head + 1) * group;
-    first_head = row_stop > low ? head_stop - group : head_stop;
+    row_stop = stop > low ? stop : 0;
+    head_stop = (kv_head + 1) * task.shared_by;
+    first_head = stop > low ? head_stop - task.shared_by : head_stop;
   }
   FASTLM_DEVICE Step first() const { return {first_head, first_row}; }
   FASTLM_DEVICE bool has(Step s) const { return s.head < head_stop; }
-  FASTLM_DEVICE Step after(Step s) const {
-    return s.row + kQueries < row_stop ? Step{s.head, s.row + kQueries} : Step{s.head + 1, first_row};
-  }
-  FASTLM_DEVICE int steps() const { return (head_stop - first_head) * ((row_stop - first_row + kQueries - 1) / kQueries); }
   FASTLM_DEVICE int row_after(int row) const { return row + kQueries < row_stop ? row + kQueries : first_row; }
+  FASTLM_DEVICE Step after(Step s) const { return {s.row + kQueries < row_stop ? s.head : s.head + 1, row_after(s.row)}; }
+  FASTLM_DEVICE int steps() const { return (head_stop - first_head) * ((row_stop - first_row + kQueries - 1) / kQueries); }
   // The number of the step's block of dq.
-  FASTLM_DEVICE int64_t sum_of(const AttentionInputs& p, Step s) const {
-    const int64_t blocks = (p.rows + kQueries - 1) / kQueries;
-    return (batch * blocks + s.row / kQueries) * p.heads + s.head;
+  FASTLM_DEVICE int sum_of(const Task& task, Step s) const {
+    return (batch * task.query_blocks + s.row / kQueries) * task.heads + s.head;
   }
-  // How many blocks of keys come before this one at these queries: those up to the last key that they see.
-  FASTLM_DEVICE uint32_t turn_of(Step s) const {
-    return static_cast<uint32_t>(min((span.high(span.last(s.row + kQueries)) - 1 - key0) / kKeys, block));
+  // How many blocks of keys come before this one at these queries: those from the first key that they see.
+  FASTLM_DEVICE uint32_t turn_of(const Task& task, Step s) const {
+    return static_cast<uint32_t>(key0 / kKeys - task.span.low(s.row) / kKeys);
   }
 };
-
-FASTLM_DEVICE int works_of(const Grid& grid) { return grid.blocks * grid.heads * grid.sequences; }
 
 }  // namespace fastlm::cuda::sm90_backward

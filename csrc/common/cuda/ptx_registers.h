@@ -14,6 +14,15 @@ FASTLM_DEVICE void arrived([[maybe_unused]] float (&d)[kCount]) {
 #endif
 }
 
+// After the wait for a wgmma with a in registers: until here they hold it.
+template <int kCount>
+FASTLM_DEVICE void held([[maybe_unused]] const uint32_t (&a)[kCount][4]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]) : "memory");
+#endif
+}
+
 // Before a product that does not add to what was there: the compiler need not keep it.
 template <int kCount>
 FASTLM_DEVICE void forget([[maybe_unused]] float (&d)[kCount]) {
