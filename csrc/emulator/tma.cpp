@@ -122,6 +122,7 @@ struct BulkStore {
                  "them, or before the store was waited for");
     }
     read.assign(block->shared.async_view + from, block->shared.async_view + from + bytes);
+    release(this);
   }
   void write_global() {
     read_shared();
@@ -135,6 +136,7 @@ struct BulkStore {
       if (reduction == BulkReduction::none) std::memcpy(to, value, size);
       else combine(reduction, type, to, value);
     });
+    release(this);
     note_progress();
   }
 };
@@ -228,7 +230,10 @@ void bulk_wait(int groups, bool only_read, Site site) {
   auto& committed = current->bulk.committed;
   const int done = static_cast<int>(committed.size()) - groups;
   for (int i = 0; i < done; i++) {
-    for (const auto& store : committed[static_cast<size_t>(i)]) only_read ? store->read_shared() : store->write_global();
+    for (const auto& store : committed[static_cast<size_t>(i)]) {
+      only_read ? store->read_shared() : store->write_global();
+      acquire(store.get());  // it may have happened before, while another thread had its turn
+    }
   }
   // Groups whose global writes are still to come stay, for a later wait without .read.
   if (!only_read && done > 0) committed.erase(committed.begin(), committed.begin() + done);
