@@ -260,8 +260,9 @@ void launch_rows(const CrossEntropyBlock& p, const CrossEntropyRows& rows, cudaS
   const size_t bytes = static_cast<size_t>(vectors) * sizeof(Vector<T>);
   constexpr size_t kBeside = 2048;  // of a block's shared memory: the arrays of fixed size, and CUDA's own KiB
   if (p.loss != nullptr && p.gradient && 2 * (bytes + kBeside) <= max_shared_memory()) {
-    return launch("cross_entropy_row", {grid, block, bytes, stream},
-                  p.softcap != 0.0f ? cross_entropy_row<T, true> : cross_entropy_row<T, false>, p, rows);
+    Launch l{grid, block, bytes, stream};
+    l.most_shared = true;
+    return launch("cross_entropy_row", l, p.softcap != 0.0f ? cross_entropy_row<T, true> : cross_entropy_row<T, false>, p, rows);
   }
   launch("cross_entropy_block", {grid, block, 0, stream}, cross_entropy_block<T>, p, rows);
 }

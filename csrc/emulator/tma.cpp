@@ -124,6 +124,7 @@ struct BulkStore {
                  "them, or before the store was waited for");
     }
     read.assign(block->shared.async_view + from, block->shared.async_view + from + bytes);
+    release(this);
   }
   void write_global() {
     read_shared();
@@ -234,7 +235,7 @@ void bulk_wait(int groups, bool only_read, Site site) {
   for (int i = 0; i < done; i++) {
     for (const auto& store : committed[static_cast<size_t>(i)]) {
       only_read ? store->read_shared() : store->write_global();
-      acquire(store.get());
+      acquire(store.get());  // it may have happened before, while another thread had its turn
     }
   }
   // Groups whose global writes are still to come stay, for a later wait without .read.

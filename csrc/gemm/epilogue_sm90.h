@@ -23,7 +23,8 @@ constexpr int kPairColumns = 64;  // of a piece of 16-bit elements
 // in which they are used: of a gated activation first the gate's, then those of what it multiplies.
 constexpr int kSlotBytes = kWgmmaRows * kSwizzleRow, kSlots = kStagingBytes / kSlotBytes;
 
-// TMA's views of the epilogue's matrices, as (column, part, row): the halves of a gated pre, or the splits of k, are parts.
+// TMA's views of the epilogue's matrices. store: as (column, row, split of k). Else as (column, part, row): the halves of a
+// gated pre are its parts.
 struct EpilogueMaps {
   TensorMap in;      // pre, read a slot at a time
   TensorMap out;     // and the others, written piece by piece
@@ -56,6 +57,7 @@ FASTLM_DEVICE void publish_piece() {
   __syncwarp();
 }
 
+// Of an activation's matrix.
 FASTLM_DEVICE void store_piece(const TensorMap* map, uint32_t piece, const PiecePlace& to) {
   const int at[3] = {to.col, to.part, to.row};
   ptx::tma_store(map, piece, at);
@@ -112,7 +114,8 @@ FASTLM_DEVICE void finish_store_pairs(const EpilogueTask& task, const TensorMap*
     }
     publish_piece();
     if (threadIdx.x % 32 == 0) {
-      store_piece(out, pieces + piece, {tile.col + kPairColumns * columns, tile.part, tile.row + 64 * half});
+      const int at[3] = {tile.col + kPairColumns * columns, tile.row + 64 * half, tile.part};
+      ptx::tma_store(out, pieces + piece, at);
       ptx::bulk_commit();
     }
   }
@@ -144,7 +147,7 @@ FASTLM_DEVICE void finish_store_floats(const EpilogueTask& task, const TensorMap
     }
     publish_piece();
     if (lane == 0) {
-      const int at[3] = {tile.col + kColumns * columns, tile.part, tile.row + 64 * half};
+      const int at[3] = {tile.col + kColumns * columns, tile.row + 64 * half, tile.part};
       const uint32_t from = ptx::shared_address(piece);
       if (task.e.accumulate) ptx::tma_reduce_add(out, from, at);
       else ptx::tma_store(out, from, at);

@@ -88,6 +88,23 @@ struct EpilogueSource {
   const void* matrix;     // (m, cols) of T
 };
 
+// The sum of the partial products at eight elements from `at` on.
+FASTLM_DEVICE void sum_parts(const EpilogueSource& source, int64_t m, int64_t at, bool vectors, int count, float (&v)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; j++) v[j] = 0.0f;
+  auto add = [&](const Vector<float>& part) {
+#pragma unroll
+    for (int j = 0; j < kVector; j++) v[j] += part.v[j];
+  };
+  const int64_t step = m * source.n;
+  if (vectors && count == kVector) {
+#pragma unroll 4  // several loads under way
+    for (int64_t s = 0; s < source.splits; s++) add(load_vector(source.partials + s * step + at));
+  } else {
+    for (int64_t s = 0; s < source.splits; s++) add(load_some<float>(source.partials, s * step + at, false, count));
+  }
+}
+
 constexpr int kFinishSize = 64;
 
 template <class T>
@@ -102,18 +119,9 @@ __global__ void __launch_bounds__(kGemmThreads) finish_kernel(const EpilogueTask
       to_floats(load_some<T>(source.matrix, (row0 + r) * task.cols + col, task.vectors, count), v);
       return;
     }
-#pragma unroll
-    for (int j = 0; j < kVector; j++) v[j] = up[j] = 0.0f;
-    for (int64_t s = 0; s < source.splits; s++) {
-      const int64_t at = (s * task.m + row0 + r) * source.n + col;
-      const Vector<float> part = load_some<float>(source.partials, at, task.vectors, count);
-#pragma unroll
-      for (int j = 0; j < kVector; j++) v[j] += part.v[j];
-      if (!halves) continue;
-      const Vector<float> second = load_some<float>(source.partials, at + task.cols, task.vectors, count);
-#pragma unroll
-      for (int j = 0; j < kVector; j++) up[j] += second.v[j];
-    }
+    const int64_t at = (row0 + r) * source.n + col;
+    sum_parts(source, task.m, at, task.vectors, count, v);
+    if (halves) sum_parts(source, task.m, at + task.cols, task.vectors, count, up);
   };
   finish_tile<T, true>(task, tile, row0, kFinishSize, col0, kFinishSize, load, scratch);
 }

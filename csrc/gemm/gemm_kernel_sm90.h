@@ -51,7 +51,6 @@ struct WgmmaTask {
   int pairs;                // of tiles one above the other: a cluster's rows
   int tiles_n, splits;
   int works, clusters;      // pairs of tiles in all, with every split of k; how many there are to do them
-  int64_t split_elements;   // of a part's matrix
   int gate_rows;            // of b, loaded in turn from the gate's rows and from those of what it multiplies; 0: not gated
 };
 
@@ -312,7 +311,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 // TMA's view of an operand with `rows` of m or n. A box has box_rows of them, or, transposed, 64 of them and box_k of k.
 template <class T>
 TensorMap operand_map(const Matrix& p, int64_t rows, int64_t k, int box_rows, int box_k) {
-  const auto r = static_cast<uint64_t>(rows), depth = static_cast<uint64_t>(k), stride = static_cast<uint64_t>(p.stride) * sizeof(T);
+  const auto r = static_cast<uint64_t>(rows), depth = static_cast<uint64_t>(k);
+  const auto stride = static_cast<uint64_t>(p.stride) * sizeof(T);
   TensorMapSpec spec{p.data, WgmmaElement<T>::kMap, 2, {depth, r}, {0, stride}, {}, Swizzle::b128};
   spec.box[0] = kSwizzleRow / sizeof(T);
   spec.box[1] = static_cast<uint32_t>(p.transposed ? box_k : box_rows);
@@ -320,7 +320,8 @@ TensorMap operand_map(const Matrix& p, int64_t rows, int64_t k, int box_rows, in
   return make_tensor_map(spec);
 }
 
-// TMA's view of a matrix of the epilogue: `parts` matrices of m x cols, so far apart (bytes), with so far between rows.
+// A matrix of the epilogue: `parts` matrices of m x cols, so far apart (bytes), with so far between rows. The parts of a row
+// lie side by side, or those of a matrix one behind the other.
 struct EpilogueMatrix {
   const void* data;
   ElementType type;
@@ -328,13 +329,18 @@ struct EpilogueMatrix {
   int64_t part_bytes, row_bytes;
 };
 
+// TMA's view of it. The dimension that lies closer together comes first.
 inline TensorMap epilogue_map(const EpilogueMatrix& p, int box_rows) {
   if (p.data == nullptr) return {};
-  auto u = [](int64_t v) { return static_cast<uint64_t>(v); };
-  TensorMapSpec spec{p.data, p.type, 3, {u(p.cols), u(p.parts), u(p.m)}, {0, u(p.part_bytes), u(p.row_bytes)}, {}, Swizzle::b128};
+  const int part = p.part_bytes <= p.row_bytes ? 1 : 2, row = 3 - part;
+  TensorMapSpec spec{p.data, p.type, 3, {static_cast<uint64_t>(p.cols)}, {}, {}, Swizzle::b128};
+  spec.size[part] = static_cast<uint64_t>(p.parts);
+  spec.size[row] = static_cast<uint64_t>(p.m);
+  spec.stride_bytes[part] = static_cast<uint64_t>(p.part_bytes);
+  spec.stride_bytes[row] = static_cast<uint64_t>(p.row_bytes);
   spec.box[0] = static_cast<uint32_t>(kSwizzleRow / size_of(p.type));
-  spec.box[1] = 1;
-  spec.box[2] = static_cast<uint32_t>(box_rows);
+  spec.box[part] = 1;
+  spec.box[row] = static_cast<uint32_t>(box_rows);
   return make_tensor_map(spec);
 }
 
@@ -353,7 +359,7 @@ EpilogueMaps epilogue_maps(const GemmTask& gemm, const WgmmaTask& task) {
       if (t.e.out_type == DType::f32) out.type = ElementType::f32;
       out.row_bytes = t.e.out_stride * size_of(out.type);
       out.parts = task.splits;
-      out.part_bytes = task.splits > 1 ? task.split_elements * 4 : out.row_bytes;
+      out.part_bytes = gemm.m * out.row_bytes;
       return {{}, epilogue_map(out, kPieceRows), {}};
     case EpilogueKind::activate: return {{}, epilogue_map(out, kPieceRows), epilogue_map(pre, kPieceRows)};
     case EpilogueKind::activate_backward: break;
@@ -396,7 +402,6 @@ void run_wgmma(const GemmTask& gemm, const GemmPlan& plan, int sms, cudaStream_t
   task.splits = static_cast<int>(plan.splits);
   task.works = task.pairs * task.tiles_n * task.splits;
   task.clusters = std::min(task.works, sms / 2);
-  task.split_elements = gemm.m * gemm.n;
   EpilogueTask& t = task.epilogue;
   if (plan.splits > 1) {
     t.e = Epilogue{};

@@ -17,6 +17,7 @@ struct Launch {
   cudaStream_t stream = nullptr;
   dim3 cluster = {1, 1, 1};   // sm_90: blocks that run together and share their shared memory
   bool programmatic = false;  // sm_90: may begin early; the kernel waits by ptx::grid_dependency_wait()
+  bool most_shared = false;   // as little L1 cache as there can be, so that several blocks' shared memory fits
 };
 
 [[noreturn]] inline void throw_launch_error(const char* kernel, const Launch& l, const std::string& error) {
@@ -70,6 +71,10 @@ void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Ar
   if (l.shared > kSharedWithoutOptIn) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(l.shared));
+  }
+  if (error == cudaSuccess && l.most_shared) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   }
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[2] = {};
