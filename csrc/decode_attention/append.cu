@@ -18,12 +18,15 @@ __global__ void __launch_bounds__(kThreads) append(const CacheAppend p, const bo
   const bool values = blockIdx.y == 1;
   const int64_t b = blockIdx.x, row = p.at[b];
   if (row < 0 || row >= p.capacity) return;
-  const int64_t* strides = values ? p.v_cache_strides : p.k_cache_strides;
-  const T* from = static_cast<const T*>(values ? p.v : p.k) + b * (values ? p.v_stride : p.k_stride);
-  T* to = static_cast<T*>(values ? p.v_cache : p.k_cache) + b * strides[0] + row * strides[1];
+  const int64_t sequence = values ? p.v_cache_strides[0] : p.k_cache_strides[0];
+  const int64_t step = values ? p.v_cache_strides[1] : p.k_cache_strides[1];
+  const T* __restrict__ from = static_cast<const T*>(values ? p.v : p.k) + b * (values ? p.v_stride : p.k_stride);
+  T* __restrict__ to = static_cast<T*>(values ? p.v_cache : p.k_cache) + b * sequence + row * step;
   if (vectors) {
+#pragma unroll 1
     for (int64_t i = threadIdx.x * kVector; i < p.cols; i += kThreads * kVector) store_vector(to + i, load_vector(from + i));
   } else {
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < p.cols; i += kThreads) to[i] = from[i];
   }
 }

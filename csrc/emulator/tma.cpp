@@ -176,6 +176,9 @@ void tma_store(const TensorMap* map, uint32_t from, const int* coordinates, int 
   const char* instruction = reduction == BulkReduction::none ? "a TMA store" : "a TMA reduction";
   enter(instruction, site);
   const Box box = box_of(map, coordinates, rank, instruction, site);
+  for (int d = 0; d < rank; d++) {  // as an H200 has it; loads may begin before the tensor
+    if (coordinates[d] < 0) fail(site, "%s at coordinate %d of dimension %d: an illegal instruction", instruction, coordinates[d], d);
+  }
   const SharedPlace place = tile(from, box, instruction, site);
   if (place.block != current->block) fail(site, "%s from another block's shared memory", instruction);
   start({place.block, place.offset, box.bytes(), map->swizzle, reduction, map->type,

@@ -210,7 +210,7 @@ def sm80_examples() -> Iterator[Example]:
 # ---- TMA
 
 SIZES, BOX = [0, 5, 4, 3, 3], [0, 3, 2, 2, 2]  # conformance_tma.cu
-INSIDE, OVERHANGING = [0, 1, 1, 0, 1], [8, 3, -1, 2, 2]
+INSIDE, OVERHANGING, STORED = [0, 1, 1, 0, 1], [8, 3, -1, 2, 2], [8, 3, 3, 2, 2]
 
 
 def swizzle(tile: np.ndarray, width: int) -> np.ndarray:
@@ -244,6 +244,7 @@ def tma_examples() -> Iterator[Example]:
             wanted = np.concatenate(tiles).view(np.uint32)
             yield Example(f"tma_load_{rank}_{name}", tensor.reshape(-1).view(np.uint32), wanted)
 
+            over = STORED[:rank][::-1]
             tile = rng(10 + rank).integers(0, 2**16, box, dtype=np.uint16)
             image = swizzle(tile.reshape(-1).view(np.uint8), width).view(np.uint32)
             after = put(tensor, tile, over, lambda old, new: new)

@@ -71,6 +71,7 @@ PLAIN: dict[str, str | None] = {
     "store_tiles/misaligned_tile": "is not aligned to 1024 bytes",
     "store_tiles/wrong_rank": "3 coordinates for a tensor map of rank 2",
     "store_tiles/tile_outside": "outside every allocation",
+    "store_tiles/before_the_tensor": "a TMA store at coordinate -1 of dimension 1: an illegal instruction",
     "tma_gemm/missing_wgmma_fence": "wgmma without a wgmma.fence",
     "tma_gemm/missing_commit": "a wgmma that it never committed",
     "tma_gemm/missing_wait": "a wgmma that it did not wait for",
@@ -274,7 +275,7 @@ OPS = {
     "layer_norm": ["layer_norm/*.cu"],
     "attention": ["attention/*.cu"],
     "decode_attention": ["decode_attention/*.cu"],
-    "gemm": ["gemm/*.cu", "cross_entropy/*.cu"],
+    "gemm": ["gemm/*.cu", "cross_entropy/*.cu", "linear/*.cu"],
     "tokens": ["rotary/*.cu", "embedding/*.cu", "sampling/*.cu"],
     "optimizer": ["optimizer/*.cu"],
 }

@@ -130,7 +130,7 @@ BULK_RING(misaligned_copy);
 namespace stores {
 enum class Bug {
   none, missing_proxy_fence, missing_barrier, missing_commit, missing_wait, refilled_before_read, misaligned_tile, wrong_rank,
-  tile_outside, past_the_end,
+  tile_outside, past_the_end, before_the_tensor,
 };
 
 // Two tiles of 8 x 32 words through one buffer, each stored by TMA.
@@ -148,7 +148,7 @@ __global__ void store_tiles(const __grid_constant__ cuda::TensorMap map, const u
     if (kBug != Bug::missing_proxy_fence) ptx::fence_proxy_async();
     if (kBug != Bug::missing_barrier) __syncthreads();
     if (threadIdx.x == 0) {
-      const int at[2] = {0, 8 * i}, at_three[3] = {0, 8 * i, 0};
+      const int at[2] = {0, kBug == Bug::before_the_tensor ? 8 * i - 1 : 8 * i}, at_three[3] = {0, 8 * i, 0};
       kBug == Bug::wrong_rank ? ptx::tma_store(&map, tile, at_three) : ptx::tma_store(&map, tile, at);
       if (kBug != Bug::missing_commit) ptx::bulk_commit();
       const bool last = i == 1;
@@ -179,6 +179,7 @@ STORE_TILES(misaligned_tile);
 STORE_TILES(wrong_rank);
 STORE_TILES(tile_outside);
 STORE_TILES(past_the_end);
+STORE_TILES(before_the_tensor);
 }  // namespace stores
 
 }  // namespace

@@ -14,6 +14,7 @@ constexpr uint64_t kSizes[5] = {0, 5, 4, 3, 3};  // of dimensions 1 to 4; dimens
 constexpr uint32_t kBox[5] = {0, 3, 2, 2, 2};
 constexpr int kInside[5] = {0, 1, 1, 0, 1};
 constexpr int kOverhanging[5] = {8, 3, -1, 2, 2};  // partly outside in every dimension
+constexpr int kStored[5] = {8, 3, 3, 2, 2};        // the same; a store must not begin before the tensor
 
 constexpr uint32_t row_bytes(Swizzle s) { return s == Swizzle::b128 ? 128 : s == Swizzle::b64 ? 64 : 32; }
 
@@ -106,12 +107,12 @@ void run_load(const uint32_t* in, uint32_t* out) {
 template <int kRank, Swizzle kSwizzle>
 void run_store(const uint32_t* in, uint32_t* out) {
   cuda::launch("tma_store", {dim3(1), dim3(64), kTile}, store_box<kRank>, map_of<kRank>(out, kSwizzle, ElementType::u16),
-               coordinates(kOverhanging, 2), box_words<kRank>(kSwizzle), false, in);
+               coordinates(kStored, 2), box_words<kRank>(kSwizzle), false, in);
 }
 template <int kRank, Swizzle kSwizzle>
 void run_reduce(const uint32_t* in, uint32_t* out) {
   cuda::launch("tma_reduce_add", {dim3(3), dim3(64), kTile}, store_box<kRank>, map_of<kRank>(out, kSwizzle, ElementType::f32),
-               coordinates(kOverhanging, 4), box_words<kRank>(kSwizzle), true, in);
+               coordinates(kStored, 4), box_words<kRank>(kSwizzle), true, in);
 }
 
 #define TMA(rank, swizzle)                                                                                            \

@@ -1,6 +1,7 @@
 // Attention of new tokens over a cache on small cases, for the sanitizers. A plain loop gives the wanted values.
 #include <cstdio>
 
+#include "decode_attention/append.h"
 #include "decode_attention/decode_attention.h"
 #include "sanitize_values.h"
 
@@ -82,6 +83,23 @@ void run(const Case& c) {
   compare("decode_attention", out, wanted);
 }
 
+// Into row 0 and the last one of two sequences; every other element of the caches stays.
+void append(DType type, int64_t cols, int shift) {
+  const int64_t capacity = 3, gap = 8, row = cols + gap;
+  Tensor k_cache(2 * capacity * row, type, 1, shift), v_cache(2 * capacity * row, type, 2, shift);
+  Tensor k(2 * row, type, 3, shift), v(2 * row, type, 4, shift);
+  const int64_t at[] = {0, capacity - 1};
+  std::vector<double> wanted[] = {k_cache.values(), v_cache.values()};
+  for (int64_t i = 0; i < 2 * cols; i++) {
+    const int64_t to = (i / cols * capacity + at[i / cols]) * row + i % cols, from = i / cols * row + i % cols;
+    wanted[0][to] = k[from], wanted[1][to] = v[from];
+  }
+  cache_append_cuda({k_cache.data, v_cache.data, k.data, v.data, at, {capacity * row, row}, {capacity * row, row}, row, row, 2, capacity,
+                     cols, type}, nullptr);
+  compare("cache_append, keys", k_cache, wanted[0]);
+  compare("cache_append, values", v_cache, wanted[1]);
+}
+
 }  // namespace
 
 // With an argument also the cases with many threads: under ThreadSanitizer each costs a fiber, and those are slow to make.
@@ -89,6 +107,8 @@ int main(int arguments, char**) {
   const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
   try {
     run({bf16, 1, 2, 1, 40, {150}, 200, 0, -1, false, 0.0f, 0});
+    append(bf16, 80, 0);
+    append(f32, 7, 4);
     run({f32, 2, 1, 1, 7, {1, 33}, 36, 12, -1, true, 0.0f, 0});
     if (arguments > 1) {
       run({f16, 3, 4, 2, 24, {0, 290, 17}, 300, 0, 130, true, 2.0f, 0});

@@ -4,6 +4,7 @@
 
 #include "cross_entropy/cross_entropy.h"
 #include "gemm/gemm.h"
+#include "linear/column_sums.h"
 #include "sanitize.h"
 
 namespace {
@@ -55,6 +56,11 @@ void cross_entropy(int64_t rows, int64_t cols, DType type) {
                            {stride, -100}, nullptr);
 }
 
+void column_sums(int64_t rows, int64_t cols, int64_t stride, DType type) {
+  Buffer x(((rows - 1) * stride + cols) * size_of(type)), sums(cols * size_of(type)), workspace(4 * column_sums_workspace_cuda(rows, cols));
+  column_sums_cuda({x.data, sums.data, workspace.floats(), rows, cols, stride, type}, nullptr);
+}
+
 }  // namespace
 
 // With an argument also the cases with many threads: under ThreadSanitizer each costs a fiber, and those are slow to make.
@@ -67,6 +73,7 @@ int main(int arguments, char**) {
     product(33, 35, 37, bf16, {false, true, 2}, backward, Activation::geglu, 1);
     product(24, 40, 40, f32, both, store, Activation::relu, 1);
     cross_entropy(3, 300, bf16);
+    column_sums(70, 13, 16, bf16);
     product(256, 128, 72, bf16, rows, activate, Activation::swiglu, 2, true);
     if (arguments > 1) {
       product(136, 144, 72, bf16, rows, activate, Activation::swiglu, 1);
@@ -86,6 +93,8 @@ int main(int arguments, char**) {
       activation_backward(70, 70, f16, Activation::swiglu);
       cross_entropy(4, 5001, f32);
       cross_entropy(2, 1, f16);
+      column_sums(5, 300, 301, f32);
+      column_sums(140, 264, 264, f16);
     }
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
