@@ -292,7 +292,7 @@ struct Compute {
     ptx::wgmma_fence();
     start_outputs<T, S>(out, weights, shared.v.tile(pending_v));
     ptx::wgmma_wait<0>();
-    pin(out);
+    ptx::arrived(out);
     shared.v.give_back(pending_v);
     store(rows, out, softmax);
     pending = false;
@@ -326,7 +326,7 @@ struct Compute {
           start_scores<T, S>(s, q, shared.k.tile(k_ring));
           pass_turn();
           ptx::wgmma_wait<0>();
-          pin(s);
+          ptx::arrived(s);
           shared.k.give_back(k_ring);
           hide(work.span, row, column, row_of_thread, column + 2 * (lane % 4), s);
           softmax = {};
@@ -348,17 +348,17 @@ struct Compute {
           start_outputs<T, S>(out, weights, shared.v.tile(pending_v));
           pass_turn();
           ptx::wgmma_wait<1>();
-          pin(s);
+          ptx::arrived(s);
           shared.k.give_back(k_ring);
           hide(work.span, row, column, row_of_thread, column + 2 * (lane % 4), s);
           const bool fresh = t == seen.begin;  // the outputs are another work's
           const ForwardSoftmax before = softmax;
           if (fresh) softmax = {};
           softmax.add(s, factor, decay);
-          complete(softmax.sum[0] + softmax.sum[1]);
+          ptx::complete(softmax.sum[0] + softmax.sum[1]);
           ptx::wgmma_wait<0>();
-          pin(out);
-          pin(s);
+          ptx::arrived(out);
+          ptx::arrived(s);
           shared.v.give_back(pending_v);
           pack_weights<T>(s, weights);
           if (fresh) {

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPart = kDecodePart;
+constexpr int kPart = kDecodePartCuda;
 constexpr int kAhead = 4;  // rows of the cache that a thread loads before it works on them
 constexpr int kMaxWidth = 256;
 
@@ -227,7 +227,7 @@ void run(const DecodeAttention& p, cudaStream_t stream) {
   }
   int lanes = 1;
   while (lanes * kVector < p.width) lanes *= 2;
-  const dim3 parts(static_cast<unsigned>(decode_parts(p.capacity)), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
+  const dim3 parts(static_cast<unsigned>(decode_parts(p.capacity, kPart)), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
   const bool one = p.heads == p.kv_heads && p.rows == 1;
   launch("decode_attention_parts", {parts, dim3(kThreads), 0, stream}, one ? decode_parts_kernel<T, 1> : decode_parts_kernel<T, 4>,
          p, lanes, vectors);

@@ -3,7 +3,7 @@
 //
 //   s[t, j] = softcap * tanh(scale * q_t . k_j / softcap) - slope * |i - j|,  i = length - T + t, for i - window <= j <= i
 //
-// The columns are cut into parts of kDecodePart, whatever the batch and the machine: each part leaves its maximum, its sum of
+// The columns are cut into parts of one size, whatever the batch and the machine: each part leaves its maximum, its sum of
 // exponentials and its weighted sum of values, and the parts of a row are put together in their order. So a sequence gets
 // the same bits alone, in any batch, and with any number of threads.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace fastlm {
 
-constexpr int64_t kDecodePart = 128;
+constexpr int64_t kDecodePart = 128, kDecodePartCuda = 64;  // columns; on a GPU a part takes as long as its loads' latency
 
 struct DecodeAttention {
   const void* q;  // (B, T, H, D), packed
@@ -32,10 +32,10 @@ struct DecodeAttention {
 };
 
 // A partial result: width floats, the maximum, the sum. They are ordered by batch entry, part, head, row.
-inline int64_t decode_parts(int64_t capacity) { return (capacity + kDecodePart - 1) / kDecodePart; }
+inline int64_t decode_parts(int64_t capacity, int64_t part = kDecodePart) { return (capacity + part - 1) / part; }
 
 inline int64_t decode_attention_workspace(int64_t batch, int64_t rows, int64_t heads, int64_t width, int64_t capacity) {
-  return batch * decode_parts(capacity) * heads * rows * (width + 2);
+  return batch * decode_parts(capacity, kDecodePartCuda) * heads * rows * (width + 2);  // of the two the more
 }
 
 // Throws std::invalid_argument where a length or a page is out of range.

@@ -159,8 +159,8 @@ void tma_load(uint32_t to, const TensorMap* map, uint32_t mbarrier, const int* c
   tile(to, box, instruction, site);
   const auto places = destinations(to, mbarrier, blocks, box.bytes(), swizzle_period(map->swizzle), instruction, site);
   defer_load(places, mbarrier, blocks, box.bytes(), site, [box, site](const SharedPlace& p) {
-    unsigned char fill[8];
-    std::memset(fill, box.map.fill_nan ? 0xff : 0, sizeof fill);
+    unsigned char fill[8] = {};
+    for (size_t i = 0; box.map.fill_nan && i < sizeof fill; i++) fill[i] = i % 2 == 0 ? 0xf7 : 0x7f;  // an H200's NaN
     const size_t size = size_of(box.map.type);
     box.for_each([&](const unsigned char* from, uint32_t offset) {
       if (from != nullptr && out_of_bounds(from, size)) fail(site, "a TMA load out of bounds: the tensor map is wrong");

@@ -13,8 +13,8 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = 8, kColumns = 32 * kVector;  // a warp reads a row of the block's columns at once
-constexpr int kUnrolled = 8;                        // rows of a warp that are on their way together
-constexpr int64_t kLeastRows = kUnrolled * kWarps, kMostParts = 256;
+constexpr int kUnrolled = 4;                        // rows of a warp that are on their way together
+constexpr int64_t kLeastRows = 128, kMostParts = 256;
 
 int64_t parts_of(int64_t rows) { return std::clamp<int64_t>((rows + kLeastRows - 1) / kLeastRows, 1, kMostParts); }
 

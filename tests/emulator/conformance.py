@@ -259,7 +259,7 @@ def tma_examples() -> Iterator[Example]:
             yield Example(f"tma_reduce_{rank}_{name}", image, floats(after).reshape(-1), floats(numbers).reshape(-1))
 
     numbers = integers((5, 12), 40)
-    tiles = [box_at(floats(numbers), at, [3, 8], fill) for at, fill in (([1, 0], 0), ([3, 4], 0xFFFFFFFF))]
+    tiles = [box_at(floats(numbers), at, [3, 8], fill) for at, fill in (([1, 0], 0), ([3, 4], 0x7FF77FF7))]
     yield Example("tma_fill_nan", floats(numbers).reshape(-1), np.concatenate([t.reshape(-1) for t in tiles]))
 
     numbers, behind = integers((256,), 41), integers((256,), 42)

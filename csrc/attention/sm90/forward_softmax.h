@@ -3,30 +3,9 @@
 #pragma once
 #include "attention/sm80/fragments.h"
 #include "attention/sm80/scores.h"
+#include "common/cuda/ptx_registers.h"
 
 namespace fastlm::cuda {
-
-// Keeps the compiler from moving arithmetic on these registers to the other side: wgmma reads and writes them between the
-// instruction and the wait, which the compiler's view of inline PTX does not tell.
-template <int kCount>
-FASTLM_DEVICE void pin(float (&r)[kCount]) {
-#ifdef __CUDACC__
-#pragma unroll
-  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(r[i])::"memory");
-#else
-  static_cast<void>(r);
-#endif
-}
-
-// What `sum` is computed from comes before what follows: ptxas, else, moves the wait for a product up to where the product
-// is started. The trap, which no sum of weights runs into, is an effect that it keeps in its place.
-FASTLM_DEVICE void complete(float sum) {
-#ifdef __CUDACC__
-  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p nanosleep.u32 0;\n}" ::"f"(sum) : "memory");
-#else
-  static_cast<void>(sum);
-#endif
-}
 
 // Scores that are not visible become -inf. row and column: of this thread's first element. The warpgroup's tile has the 64
 // rows from tile_row on and kCount * 2 columns from tile_column on; most tiles are seen whole, most others cut on one side.

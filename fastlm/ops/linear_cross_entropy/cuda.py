@@ -69,16 +69,6 @@ def backward(
     return work.dx, work.dweight
 
 
-def _library(x: Tensor) -> bool:
-    """Whether PyTorch's library makes the logits and dx.
-
-    In half precision it has Hopper's own instructions, for which these two plain products are worth 1.5 times the
-    speed (cuBLAS reaches 716 to 795 TFLOP/s on an H100, mma.sync about 400). In float32 it would not use the tensor
-    cores.
-    """
-    return x.is_cuda and x.dtype != torch.float32
-
-
 class _Work:
     """The rows, and the gradients dx and dweight (float32) that their blocks add up to."""
 
@@ -92,7 +82,7 @@ class _Work:
         self.dx = x.new_empty(x.shape if self.needs_dx else (0,), dtype=torch.float32)
         make = torch.empty if len(rows) else torch.zeros
         self.dweight = make(weight.shape if self.needs_dweight else (0,), dtype=torch.float32, device=x.device)
-        self.library = _library(x)
+        self.library = gemm.library_is_faster(x)
 
     def run(
         self,
