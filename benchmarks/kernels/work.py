@@ -36,16 +36,23 @@ class Work:
     tf32: bool = False
 
 
-def attention() -> list[Work]:
+def attention(arch: str) -> list[Work]:
     b, h, t, d = 2, 16, 8192, 128
     shape, tensor, product = f"{b} x {t} x {h} x {d}, causal", 2.0 * b * h * t * d, 2.0 * b * h * t * t * d / 2
     rows = 4.0 * b * h * t  # one float32 a row
+    # dq's sums in float32 and back, for each of 64 blocks of keys, are the L2's matter.
+    forward, backward, dq = (4 * tensor + rows, 2 * product), (8 * tensor + 2 * rows, 5 * product), 3 * tensor
+    hopper = [
+        Work("attention_forward_wgmma<bf16, 128>", shape, *forward, "attention wgmma", 0),
+        Work("attention_backward_sm90<bf16, 128>", shape, *backward, "attention wgmma", 2),
+        Work("attention_dq_sm90<bf16, 128>", shape, dq),
+    ]
     return [
-        Work("attention_forward<bf16, 128, false>", shape, 4 * tensor + rows, 2 * product, "attention", 0),
+        Work("attention_forward<bf16, 128, false>", shape, *forward, "attention", 0),
         Work("attention_delta", shape, 2 * tensor + 3 * rows),
-        # dq's sums in float32 and back, for each of 64 blocks of keys, are the L2's matter.
-        Work("attention_backward<bf16, 128, false, true>", shape, 8 * tensor + 2 * rows, 5 * product, "attention", 2),
-        Work("attention_dq<bf16, 128, true>", shape, 3 * tensor, 0, "attention", 3),
+        Work("attention_backward<bf16, 128, false, true>", shape, *backward, "attention", 2),
+        Work("attention_dq<bf16, 128, true>", shape, dq, 0, "attention", 3),
+        *(hopper if arch == "sm_90a" else []),
     ]
 
 
@@ -82,13 +89,13 @@ def by_memory(arch: str) -> list[Work]:
         Work("gather<bf16>", row, 2 * norm),
         Work(loss, f"4096 x {vocab}, logits to gradients", 2 * logits),
         Work("step_chunks", f"{parameters:,} float32 parameters", 28.0 * parameters),
-        Work("decode_parts_kernel<bf16>", "16 x 12 heads of 64, 1024 keys", 2.0 * 2 * 16 * 12 * 1024 * 64),
+        Work("decode_parts_kernel<bf16, 1>", "16 x 12 heads of 64, 1024 keys", 2.0 * 2 * 16 * 12 * 1024 * 64),
     ]
 
 
 def all_work(arch: str) -> list[Work]:
     """What the kernels of an architecture are measured by."""
-    return [*attention(), *matrix_products(arch), *by_memory(arch)]
+    return [*attention(arch), *matrix_products(arch), *by_memory(arch)]
 
 
 def recorded() -> dict[str, Recorded]:
@@ -132,6 +139,7 @@ def recorded() -> dict[str, Recorded]:
     with fastlm.backend("emulator"):
         return {
             "attention": launches_of(attention),
+            "attention wgmma": on_hopper(attention),
             "layer_norm": launches_of(layer_norm),
             "linear bf16": launches_of(lambda: linear(torch.bfloat16)),
             "linear f32": launches_of(lambda: linear(torch.float32)),
