@@ -109,7 +109,7 @@ def goals(chip: chips.Chip, seconds: dict[str, float]) -> str:
     """What the predictions leave of the goals for an H100; nothing for another chip."""
     if chip is not chips.H100:
         return ""
-    forward, *backward = work.attention()
+    forward, *backward = work.attention("sm_90a")
     useful = 2.5 * forward.flops  # by convention: what is computed again does not count
     ways = [
         ("attention forward, d=128, causal, 8k, bf16", 320e12, forward.flops / seconds[forward.kernel]),

@@ -53,7 +53,7 @@ class Pass:
 
 
 def all_work() -> list[Work]:
-    forward, terms, *_ = work.attention()
+    forward, terms, *_ = work.attention("sm_80")
     product, shape = forward.flops / 2, forward.shape
     b, h, t, d = 2, 16, 8192, 128
     tensor, rows = 2.0 * b * h * t * d, 4.0 * b * h * t
@@ -121,7 +121,7 @@ def _legend() -> str:
 
 
 def _goals(seconds: dict[str, tuple[float, float]]) -> str:
-    useful = work.attention()[0].flops
+    useful = work.attention("sm_80")[0].flops
     backward = [seconds[f"attention.{name}"] for name in ("row_terms", "columns_backward", "rows_backward")]
     rows = [
         ("attention forward, d=128, causal, 8k, bf16", 380, [useful / s for s in seconds["attention.forward"]]),

@@ -42,17 +42,19 @@ def attention(arch: str) -> list[Work]:
     rows = 4.0 * b * h * t  # one float32 a row
     # dq's sums in float32 and back, for each of 64 blocks of keys, are the L2's matter.
     forward, backward, dq = (4 * tensor + rows, 2 * product), (8 * tensor + 2 * rows, 5 * product), 3 * tensor
-    hopper = [
-        Work("attention_forward_wgmma<bf16, 128>", shape, *forward, "attention wgmma", 0),
-        Work("attention_backward_sm90<bf16, 128>", shape, *backward, "attention wgmma", 2),
-        Work("attention_dq_sm90<bf16, 128>", shape, dq),
-    ]
+    delta = Work("attention_delta", shape, 2 * tensor + 3 * rows)
+    if arch == "sm_90a":
+        return [
+            Work("attention_forward_wgmma<bf16, 128>", shape, *forward, "attention wgmma", 0),
+            delta,
+            Work("attention_backward_sm90<bf16, 128>", shape, *backward, "attention wgmma", 2),
+            Work("attention_dq_sm90<bf16, 128>", shape, dq, 0, "attention wgmma", 3),
+        ]
     return [
         Work("attention_forward<bf16, 128, false>", shape, *forward, "attention", 0),
-        Work("attention_delta", shape, 2 * tensor + 3 * rows),
+        delta,
         Work("attention_backward<bf16, 128, false, true>", shape, *backward, "attention", 2),
         Work("attention_dq<bf16, 128, true>", shape, dq, 0, "attention", 3),
-        *(hopper if arch == "sm_90a" else []),
     ]
 
 
@@ -95,7 +97,8 @@ def by_memory(arch: str) -> list[Work]:
 
 def all_work(arch: str) -> list[Work]:
     """What the kernels of an architecture are measured by."""
-    return [*attention(arch), *matrix_products(arch), *by_memory(arch)]
+    older = attention("sm_80")  # Hopper runs them too, where its own do not take the call
+    return [*dict.fromkeys((*attention(arch), *older)), *matrix_products(arch), *by_memory(arch)]
 
 
 def recorded() -> dict[str, Recorded]:
