@@ -242,6 +242,24 @@ def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     assert run.run_apart([sys.executable, "-c", ""], 60) is None
 
 
+def test_what_measures_has_the_machine_to_itself() -> None:
+    names = [[part.name for part in group] for group in run._groups(run.PARTS, side_by_side=True)]
+    assert names[0] == ["conformance", "op suite", "sanitizer", "determinism"]
+    assert all(len(group) == 1 for group in names[1:])
+    assert [[part.name] for part in run.PARTS] == [
+        [p.name for p in g] for g in run._groups(run.PARTS, side_by_side=False)
+    ]
+
+
+def test_parts_side_by_side_keep_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SIDE_BY_SIDE_CORES", 0)
+    parts = [part for part in run.PARTS if part.name in ("sanitizer", "determinism", "ceilings")]
+    json_path, _ = run.run(tmp_path, parts, run.environment())
+    results = json.loads(json_path.read_text())["parts"]
+    assert list(results) == [part.name for part in parts]
+    assert all(part["status"] in ("left out", "done") for part in results.values())
+
+
 def test_the_budgets_fit_into_ten_minutes() -> None:
     assert sum(part.seconds for part in run.PARTS if part.name != "compiled") <= 600
     assert [part.name for part in run.PARTS][:4] == ["conformance", "op suite", "sanitizer", "determinism"]

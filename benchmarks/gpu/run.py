@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fastlm.bench import report
 from fastlm.bench.timing import reason_of
 
 ROOT = Path(__file__).resolve().parents[2]
+SIDE_BY_SIDE_CORES = 8
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Part:
         name: of its section and file.
         seconds: after which it is cut off.
         run: gets its record and the folder of all records.
+        measures: it has the machine to itself; the others run side by side where there are cores for it.
     """
 
     name: str
     seconds: float
     run: Callable[[Record, Path], None]
+    measures: bool = False
 
 
 def compiled(record: Record, folder: Path) -> None:
@@ -60,10 +64,10 @@ PARTS = (
     Part("op suite", 110, lambda r, _: proof.op_suite(r)),
     Part("sanitizer", 60, lambda r, _: proof.sanitizer(r)),
     Part("determinism", 30, lambda r, _: proof.determinism(r)),
-    Part(speed.NAME, 20, lambda r, _: speed.ceilings(r)),
-    Part("ops", 110, lambda r, folder: speed.every_op(r, known=speed.known_ceilings(folder))),
-    Part("training", 100, lambda r, folder: speed.training(r, known=speed.known_ceilings(folder))),
-    Part("decode", 40, lambda r, _: speed.decode(r)),
+    Part(speed.NAME, 20, lambda r, _: speed.ceilings(r), measures=True),
+    Part("ops", 110, lambda r, folder: speed.every_op(r, known=speed.known_ceilings(folder)), measures=True),
+    Part("training", 100, lambda r, folder: speed.training(r, known=speed.known_ceilings(folder)), measures=True),
+    Part("decode", 40, lambda r, _: speed.decode(r), measures=True),
     Part("compiled", 300, compiled),  # only without a GPU
 )
 
@@ -101,27 +105,46 @@ def run(out: Path, parts: Sequence[Part], where: dict[str, Any], apart: bool = T
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     json_path, text_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md")
-    for part in parts:
-        print(f"{part.name}, {part.seconds:.0f} s at most", flush=True)
-        path = folder / f"{part.name}.json"
-        path.unlink(missing_ok=True)
-        ended = None
-        if apart:
-            command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--folder", str(folder)]
-            ended = run_apart(command, part.seconds)
-        else:
-            run_part(part, folder)
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else Record().content
-        if ended is not None and content["status"] == "cut off":
-            content["reason"] = ended
-        results[part.name] = content
-        print(f"  {content['status']}" + (f": {content['reason']}" if content["reason"] else ""), flush=True)
+    for group in _groups(parts, side_by_side=apart and (os.cpu_count() or 1) >= SIDE_BY_SIDE_CORES):
+        with ThreadPoolExecutor(len(group)) as pool:
+            for part, content in zip(group, pool.map(lambda p: _run_one(p, folder, apart), group), strict=True):
+                results[part.name] = content
         write(json_path, json.dumps({"environment": where, "parts": results}, indent=1) + "\n")
         write(text_path, markdown(where, results))
     for path in folder.glob("*.json"):
         path.unlink()
     folder.rmdir()
     return json_path, text_path
+
+
+def _groups(parts: Sequence[Part], side_by_side: bool) -> list[list[Part]]:
+    """The parts that run at the same time, in their order."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        if side_by_side and groups and not (part.measures or groups[-1][-1].measures):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def _run_one(part: Part, folder: Path, apart: bool) -> dict[str, Any]:
+    """What the part has found, in its own process or in this one."""
+    print(f"{part.name}, {part.seconds:.0f} s at most", flush=True)
+    path = folder / f"{part.name}.json"
+    path.unlink(missing_ok=True)
+    ended = None
+    if apart:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--folder", str(folder)]
+        ended = run_apart(command, part.seconds)
+    else:
+        run_part(part, folder)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else Record().content
+    if ended is not None and content["status"] == "cut off":
+        content["reason"] = ended
+    because = f": {content['reason']}" if content["reason"] else ""
+    print(f"  {part.name}: {content['status']}{because}", flush=True)
+    return content
 
 
 def environment() -> dict[str, Any]:
