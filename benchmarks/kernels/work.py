@@ -42,7 +42,7 @@ def attention(arch: str) -> list[Work]:
     rows = 4.0 * b * h * t  # one float32 a row
     # dq's sums in float32 and back, for each of 64 blocks of keys, are the L2's matter.
     forward, backward, dq = (4 * tensor + rows, 2 * product), (8 * tensor + 2 * rows, 5 * product), 3 * tensor
-    delta = Work("attention_delta", shape, 2 * tensor + 3 * rows)
+    delta = Work("attention_delta<bf16>", shape, 2 * tensor + 3 * rows)
     if arch == "sm_90a":
         return [
             Work("attention_forward_wgmma<bf16, 128>", shape, *forward, "attention wgmma", 0),

@@ -6,6 +6,7 @@ namespace cuda {
 namespace {
 
 constexpr int kLanes = 8;  // of a row: 8 vectors are 64 elements
+constexpr int kRows = 4;   // of a group of lanes, read together
 constexpr int kThreads = 128;
 
 // Of (B, T, H). Divisions of 64 bits would take longer than all that is loaded.
@@ -20,41 +21,54 @@ struct Index {
 
 // lse and delta of sm80/backward.h, a head's `stride` after the one before it; the rows between weigh nothing. lse_factor:
 // log2e where the kernels that follow are the plain ones. Sets `zeros` words from `zero` on to 0.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     attention_delta(const __grid_constant__ AttentionInputs p, const __grid_constant__ AttentionGradients g, float lse_factor,
                     int64_t stride, float* __restrict__ lse, float* __restrict__ delta, uint32_t* __restrict__ zero,
                     int64_t zeros) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, index = thread / kLanes;  // of (B, T, H)
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, count = p.batch * p.rows * p.heads;
   for (int64_t i = thread; i < zeros; i += static_cast<int64_t>(gridDim.x) * kThreads) zero[i] = 0;
-  const bool there = index < p.batch * p.rows * p.heads;
-  const int64_t rows = p.rows > 0 ? p.rows : 1;  // without any the grid is there for the zeros
-  const Index place = p.batch * p.rows * p.heads < int64_t{1} << 31 ? Index(static_cast<uint32_t>(index), p.heads, rows)
-                                                                    : Index(index, p.heads, rows);
-  const int64_t head = place.head, row = place.row, batch = place.batch;
-  float sum = 0.0f;
-  if (there) {
-    const int64_t dout = at(g.dout_strides, batch, head) + row * g.dout_strides.row;
-    for (int64_t c = threadIdx.x % kLanes * kVector; c < p.width; c += kLanes * kVector) {
-      float a[kVector], b[kVector];
-      load_vector_as_float(g.out, index * p.width + c, p.type, true, kVector, a);
-      load_vector_as_float(g.dout, dout + c, p.type, true, kVector, b);
+  const int lane = threadIdx.x % kLanes;
+  const int64_t first = thread / kLanes * kRows, rows = p.rows > 0 ? p.rows : 1;  // without any the grid is there for the zeros
+  auto place_of = [&](int64_t index) {  // index: of (B, T, H)
+    return count < int64_t{1} << 31 ? Index(static_cast<uint32_t>(index), p.heads, rows) : Index(index, p.heads, rows);
+  };
+  const T *out[kRows], *dout[kRows];
 #pragma unroll
-      for (int i = 0; i < kVector; i++) sum += a[i] * b[i];
+  for (int r = 0; r < kRows; r++) {
+    const int64_t index = min(first + r, count - 1);  // what is too much is computed, and not written
+    const Index place = place_of(index);
+    out[r] = static_cast<const T*>(g.out) + index * p.width;
+    dout[r] = static_cast<const T*>(g.dout) + at(g.dout_strides, place.batch, place.head) + place.row * g.dout_strides.row;
+  }
+  float sum[kRows] = {};
+  for (int64_t c = lane * kVector; c < p.width && count > 0; c += kLanes * kVector) {
+    Vector<T> a[kRows], b[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) a[r] = load_vector(out[r] + c), b[r] = load_vector(dout[r] + c);
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+#pragma unroll
+      for (int i = 0; i < kVector; i++) sum[r] += to_float(a[r].v[i]) * to_float(b[r].v[i]);
     }
   }
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
-  if (there && threadIdx.x % kLanes == 0) {
-    const int64_t plane = batch * p.heads + head, from = plane * p.rows + row, to = plane * stride + row;
-    lse[to] = g.lse[from] == -kInfinity ? kInfinity : g.lse[from] * lse_factor;
-    delta[to] = sum - (g.dlse == nullptr ? 0.0f : g.dlse[from]);
+  for (int r = 0; r < kRows; r++) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) sum[r] += __shfl_xor_sync(kFullWarp, sum[r], offset);
   }
-  if (there && row == p.rows - 1) {
-    float *const lse_end = lse + (batch * p.heads + head) * stride, *const delta_end = delta + (batch * p.heads + head) * stride;
-    for (int64_t i = p.rows + threadIdx.x % kLanes; i < stride; i += kLanes) {
-      lse_end[i] = kInfinity;
-      delta_end[i] = 0.0f;
-    }
+  if (lane >= kRows || first + lane >= count) return;
+  float own = sum[0];
+#pragma unroll
+  for (int r = 1; r < kRows; r++) own = lane == r ? sum[r] : own;
+  const Index place = place_of(first + lane);
+  const int64_t plane = place.batch * p.heads + place.head, from = plane * p.rows + place.row, to = plane * stride + place.row;
+  lse[to] = g.lse[from] == -kInfinity ? kInfinity : g.lse[from] * lse_factor;
+  delta[to] = own - (g.dlse == nullptr ? 0.0f : g.dlse[from]);
+  if (place.row != p.rows - 1) return;
+  for (int64_t i = to + 1; i < (plane + 1) * stride; i++) {
+    lse[i] = kInfinity;
+    delta[i] = 0.0f;
   }
 }
 
@@ -74,13 +88,19 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
   const BackwardInputs inputs{p, g.dout, g.dout_strides, lse, delta};
   const bool sm90 = attention_backward_takes_sm90(inputs);
   const int64_t stride = sm90 ? (p.rows + 127) / 128 * 128 : p.rows;
-  const int64_t blocks = (p.batch * p.heads * p.rows * kLanes + kThreads - 1) / kThreads;
+  constexpr int64_t kBlockRows = kThreads / kLanes * kRows;
+  const int64_t blocks = (p.batch * p.heads * p.rows + kBlockRows - 1) / kBlockRows;
   if (blocks > 2147483647) {
     throw std::invalid_argument("attention: " + std::to_string(blocks) + " blocks wanted, but a CUDA grid holds at most 2147483647");
   }
   if (blocks > 0 || one_pass) {
-    launch("attention_delta", {dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1)), dim3(kThreads), 0, cuda_stream}, attention_delta, p,
-           g, has_general_kernel(p) ? 1.0f : kLog2E, stride, lse, delta, counters, sizes.counters);
+    const auto run_delta = [&](auto type) {
+      launch("attention_delta", {dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1)), dim3(kThreads), 0, cuda_stream},
+             attention_delta<decltype(type)>, p, g, has_general_kernel(p) ? 1.0f : kLog2E, stride, lse, delta, counters, sizes.counters);
+    };
+    if (p.type == DType::f32) run_delta(float());
+    else if (p.type == DType::f16) run_delta(__half());
+    else run_delta(__nv_bfloat16());
   }
   const OnePassWorkspace one{dq, counters, counters + sizes.counters - 1};
   if (sm90) {
