@@ -53,9 +53,9 @@ def products(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
-@pytest.mark.parametrize("sms", [2, 8])  # 8: two clusters of four
+@pytest.mark.parametrize("sms", [2, 5])
 @pytest.mark.parametrize("layouts", [("rows", "rows"), ("rows", "columns"), ("columns", "columns")], ids="-".join)
-@pytest.mark.parametrize("size", [(256, 192, 64), (264, 392, 72), (520, 520, 328), (384, 256, 712)], ids=str)
+@pytest.mark.parametrize("size", [(256, 192, 64), (264, 392, 72), (520, 400, 136), (384, 256, 712)], ids=str)
 @sixteen_bit
 def test_layouts_and_sizes(
     device: str,
@@ -77,23 +77,6 @@ def test_layouts_and_sizes(
         gemm.product(a, b, out)
     check("c", out, a.double() @ b.double().T, textbook(a, b), dtype)
     assert by_wgmma == [True] * len(by_wgmma)
-
-
-@pytest.mark.parametrize(("sms", "m", "n", "blocks"), [(16, 520, 520, 4 * 3), (4, 130, 128, 2)])
-def test_clusters(
-    device: str, sms: int, m: int, n: int, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of four where there are many tiles, and no more of them than the device runs at a time; of two for the rest."""
-    k = 136
-    monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
-    monkeypatch.setenv("FASTLM_EMULATOR_RESIDENT", "3")
-    a, b = matrix(m, k, "rows", torch.bfloat16, device, 1), matrix(n, k, "rows", torch.bfloat16, device, 2)
-    with products(device, tmp_path, monkeypatch):
-        out = gemm.product(a, b, torch.empty(m, n, dtype=torch.bfloat16, device=device))
-    check("c", out, a.double() @ b.double().T, textbook(a, b), torch.bfloat16)
-    if device == "cpu":
-        (counts,) = map(json.loads, (tmp_path / "counts").read_text().splitlines())
-        assert counts["grid"] == [blocks, 1, 1]
 
 
 @pytest.mark.parametrize("n", [136, 384])
@@ -123,14 +106,12 @@ def test_adds_to_a_float32_matrix_with_a_scale(device: str, tmp_path: Path, monk
     assert by_wgmma == [True] * len(by_wgmma)
 
 
-@pytest.mark.parametrize("sms", [2, 4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @sixteen_bit
 def test_the_mlp(
-    device: str, dtype: torch.dtype, activation: str, sms: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: torch.dtype, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every epilogue, forward and backward, with rows and columns that no tile divides."""
-    monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
     case = _mlp(activation, (264, 136), 144, activation=activation)
     with products(device, tmp_path, monkeypatch) as by_wgmma:
         check_case("emulator" if device == "cpu" else "cuda", case, dtype)
@@ -138,16 +119,14 @@ def test_the_mlp(
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
-@pytest.mark.parametrize("sms", [2, 8])
 @pytest.mark.parametrize("k", [64, 456])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_activations_in_many_turns(
-    device: str, activation: str, k: int, sms: int, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, activation: str, k: int, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both warpgroups reuse their memory for pre, dpre and hidden; short products leave them finishing side by side."""
     monkeypatch.setenv("FASTLM_EMULATOR_SCHEDULE", schedule)
-    monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
-    m, cols, dtype, code = 648, 296, torch.bfloat16, CODE[activation]
+    m, cols, dtype, code = 648, 456, torch.bfloat16, CODE[activation]
     width = cols * (2 if activation in GATED else 1)
     x, weight = matrix(m, k, "rows", dtype, device, 1), matrix(width, k, "rows", dtype, device, 2) * k**-0.5
     up = matrix(k, cols, "rows", dtype, device, 3).T * k**-0.5

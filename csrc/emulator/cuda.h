@@ -50,7 +50,6 @@ struct LaunchConfig {
 // Of a block, in bytes.
 size_t max_shared_memory();
 int multiprocessors();
-int resident_clusters();
 
 // Runs the grid to its end. Throws LaunchError at the first mistake, with file, line, thread and seed.
 void launch_threads(const LaunchConfig& config, const std::function<void()>& thread);

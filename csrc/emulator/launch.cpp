@@ -187,7 +187,6 @@ void abandon() {
 
 size_t max_shared_memory() { return options_from_environment().shared; }
 int multiprocessors() { return options_from_environment().multiprocessors; }
-int resident_clusters() { return options_from_environment().resident; }
 
 void launch_threads(const LaunchConfig& config, const std::function<void()>& thread) {
   static std::mutex one_launch_at_a_time;

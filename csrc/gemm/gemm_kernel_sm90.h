@@ -1,23 +1,9 @@
 // The GEMM of Hopper (sm_90a): TMA brings the operands, wgmma multiplies them.
 //
-// Four blocks make a cluster and work on 2 x 2 tiles. Two that lie side by side need the same rows of a: each loads half of
-// them, into both at once; two that lie one above the other do so with their columns of b. So a block reads from the L2
-// cache half of what it multiplies. Where there are few tiles a cluster is two blocks, one above the other, and each loads
-// all of its a. A block has three warpgroups. The first only loads, stage after stage of a ring in shared memory; the two
-// others take tiles in turn, so that the tensor cores work for one while the other finishes its tile. The blocks are as
-// many as fit on the device and go from tile to tile.
-//
-// The ring. A stage of a block is written by the block itself and by its neighbours beside and below (or above) it: "full"
-// has the block's own arrival, and waits for the bytes of all three. A block writes into the same three, so its "empty" has
-// the arrivals of the warps that have read the stage in all of them.
-//   Nothing is overwritten: a block loads a stage again once all have read it whom it writes to.
-//   No phase gets what belongs to the next one. "Empty": who has read a stage has seen it full, with the part that comes
-// from the block that it then arrives at, and that block loaded its part after its previous phase was over. "Full": what is
-// loaded for its next phase is loaded after this block's own warps have arrived, who had seen this phase complete. Bytes
-// may land before the block's own arrival that expects them; the phase waits for that arrival.
-//   Nobody waits for ever: all blocks of a cluster go through the same stages in the same order. Loading a stage waits only
-// for the reading of an earlier one, reading a stage for the loading of that stage and for the reading of earlier ones, and
-// finishing a tile for no other block; so the earliest stage that is not read yet can always go on.
+// Two blocks make a cluster and work on tiles one above the other: of their 128 rows of a each loads its own, of the
+// columns' b each loads half, into both blocks at once. A block has three warpgroups. The first only loads, stage after
+// stage of a ring in shared memory; the two others take tiles in turn, so that the tensor cores work for one while the
+// other finishes its tile. The blocks are as many as fit on the device and go from tile to tile.
 #pragma once
 #include "common/cuda/ptx_barrier.h"
 #include "common/cuda/ptx_cluster.h"
@@ -57,85 +43,77 @@ struct WgmmaTile {
   static constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes;
 };
 
-// How the clusters share a product out. Of a product whose k is split the epilogue stores the parts in float32, one matrix
-// behind the other.
+// How the blocks of a cluster share a product out, in pairs of tiles. Of a product whose k is split the epilogue stores the
+// parts in float32, one matrix behind the other.
 struct WgmmaTask {
   EpilogueTask epilogue;
   int k, split_k;
-  int cluster_cols;         // of a cluster's tiles, 1 or 2; it always has two rows of them
-  int down, across, splits; // the works: so many one below the other, side by side, and one behind the other in k
-  int works, clusters;      // their number, and of those who do them
+  int pairs;                // of tiles one above the other: a cluster's rows
+  int tiles_n, splits;
+  int works, clusters;      // pairs of tiles in all, with every split of k; how many there are to do them
   int gate_rows;            // of b, loaded in turn from the gate's rows and from those of what it multiplies; 0: not gated
 };
 
-// A cluster's tiles in one split of k: what it does at a time.
+// One pair of tiles and one split of k: what a cluster does at a time.
 struct WgmmaWork {
-  int tile, row0, col0, split;  // of this block: its row of tiles, and where its tile begins
+  int tile, row0, col0, split;  // tile and row0 are this block's
   int k0, stages;
 };
 
-// The block's place in the cluster. Its neighbours are rank ^ 1 and, of two columns, rank ^ 2.
-FASTLM_DEVICE int row_of(int rank) { return rank % 2; }
-FASTLM_DEVICE int col_of(int rank) { return rank / 2; }
-FASTLM_DEVICE int cluster_of(const WgmmaTask& p) { return static_cast<int>(blockIdx.x) / (2 * p.cluster_cols); }
-
 // Of work number i.
 FASTLM_DEVICE int stages_of(const WgmmaTask& p, int i) {
-  const int k = min(p.k - i / (p.down * p.across) * p.split_k, p.split_k);
+  const int k = min(p.k - i / (p.pairs * p.tiles_n) * p.split_k, p.split_k);
   return (k + kWgmmaDepth - 1) / kWgmmaDepth;
 }
 
 template <int kN>
 FASTLM_DEVICE WgmmaWork wgmma_work(const WgmmaTask& p, int i, int rank) {
-  const int works = p.down * p.across;
-  const int2 at = tile_at<int, int2>(i % works, p.down, p.across);
+  const int tiles = p.pairs * p.tiles_n;
+  const int2 at = tile_at<int, int2>(i % tiles, p.pairs, p.tiles_n);
   WgmmaWork r;
-  r.tile = 2 * at.x + row_of(rank);
+  r.tile = 2 * at.x + rank;
   r.row0 = r.tile * kWgmmaRows;
-  r.col0 = (at.y * p.cluster_cols + col_of(rank)) * (p.gate_rows > 0 ? kN / 2 : kN);
-  r.split = i / works;
+  r.col0 = at.y * (p.gate_rows > 0 ? kN / 2 : kN);
+  r.split = i / tiles;
   r.k0 = r.split * p.split_k;
   r.stages = stages_of(p, i);
   return r;
 }
 
-// What this block loads of one stage. Of two columns of blocks: half of the rows of a, for the block beside it too.
-template <bool kTransposedA>
-FASTLM_DEVICE void load_a(const WgmmaTask& p, const TensorMap* map, int row0, int k, int rank, uint32_t a, uint32_t full) {
-  const bool shared = p.cluster_cols == 2;
-  const auto both = static_cast<uint16_t>(0b101 << row_of(rank));
-  const int first = 64 * col_of(rank), step = kTransposedA && !shared ? 64 : kWgmmaRows;  // a box has 64 rows, or all there are
+// This block's a, and its half of the cluster's b, for one stage.
+template <int kN, bool kTransposedA, bool kTransposedB>
+FASTLM_DEVICE void load_stage(const WgmmaTask& p, const TensorMap* a_map, const TensorMap* b_map, const WgmmaWork& work, int k,
+                              int rank, uint32_t a, uint32_t full) {
+  const uint32_t b = a + WgmmaTile<kN>::kABytes;
+  const int row0 = work.row0, col0 = work.col0;
+  if constexpr (kTransposedA) {
 #pragma unroll 1
-  for (int row = first; row < kWgmmaRows; row += step) {
-    const int at[2] = {kTransposedA ? row0 + row : k, kTransposedA ? k : row0 + row};
-    const uint32_t to = a + row * kSwizzleRow;
-    if (shared) ptx::tma_load_multicast(to, map, full, at, both);
-    else ptx::tma_load(to, map, full, at);
+    for (int i = 0; i < kWgmmaRows / 64; i++) {
+      const int at[2] = {row0 + 64 * i, k};
+      ptx::tma_load(a + i * kWgmmaDepth * kSwizzleRow, a_map, full, at);
+    }
+  } else {
+    const int at[2] = {k, row0};
+    ptx::tma_load(a, a_map, full, at);
   }
-}
-
-// Half of the columns of b, for the block above or below too.
-template <int kN, bool kTransposedB>
-FASTLM_DEVICE void load_b(const WgmmaTask& p, const TensorMap* map, int col0, int k, int rank, uint32_t b, uint32_t full) {
-  const int part = row_of(rank);
-  const auto both = static_cast<uint16_t>(0b11 << 2 * col_of(rank));
+  constexpr uint16_t kBoth = 3;
   if constexpr (kTransposedB) {  // half of k
-    const int k_half = part * kWgmmaDepth / 2;
+    const int k_half = rank * kWgmmaDepth / 2;
 #pragma unroll 1
     for (int i = 0; i < kN / 64; i++) {
       const int at[2] = {col0 + 64 * i, k + k_half};
-      ptx::tma_load_multicast(b + (i * kWgmmaDepth + k_half) * kSwizzleRow, map, full, at, both);
+      ptx::tma_load_multicast(b + (i * kWgmmaDepth + k_half) * kSwizzleRow, b_map, full, at, kBoth);
     }
-  } else if (p.gate_rows == 0) {
-    const int half = part * kN / 2;
+  } else if (p.gate_rows == 0) {  // half of the columns
+    const int half = rank * kN / 2;
     const int at[2] = {k, col0 + half};
-    ptx::tma_load_multicast(b + half * kSwizzleRow, map, full, at, both);
-  } else {  // the upper block the gate's columns, the lower those of what it multiplies
-    const int first = col0 + part * static_cast<int>(p.epilogue.cols);
+    ptx::tma_load_multicast(b + half * kSwizzleRow, b_map, full, at, kBoth);
+  } else {  // block 0 the gate's columns, block 1 those of what it multiplies
+    const int first = col0 + rank * static_cast<int>(p.epilogue.cols);
 #pragma unroll 1
     for (int i = 0; i < kN / 2; i += p.gate_rows) {
       const int at[2] = {k, first + i};
-      ptx::tma_load_multicast(b + (2 * i + part * p.gate_rows) * kSwizzleRow, map, full, at, both);
+      ptx::tma_load_multicast(b + (2 * i + rank * p.gate_rows) * kSwizzleRow, b_map, full, at, kBoth);
     }
   }
 }
@@ -230,7 +208,7 @@ template <bool kGated>
 FASTLM_DEVICE void load_pre_slots(const WgmmaTask& p, const TensorMap* map, int rank, uint32_t staging, uint32_t slots) {
   constexpr int kParts = kGated ? 2 : 1;
   int n = 0, group = 0;  // the slot's number, and the warpgroup whose tile it is
-  for (int i = cluster_of(p); i < p.works; i += p.clusters, group ^= 1) {
+  for (int i = static_cast<int>(blockIdx.x) / 2; i < p.works; i += p.clusters, group ^= 1) {
     const WgmmaWork work = wgmma_work<128>(p, i, rank);
 #pragma unroll 1
     for (int j = 0; j < 2 * kParts; j++, n++) {
@@ -255,11 +233,11 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   const uint32_t slots = empty + 8 * Tile::kStages;
   unsigned char* staging = shared + Tile::kStages * Tile::kStageBytes;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(ptx::cluster_rank());
+  const int rank = static_cast<int>(blockIdx.x) % 2;  // in the cluster
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; i++) {
       ptx::mbarrier_init(full + 8 * i, 1);
-      ptx::mbarrier_init(empty + 8 * i, 4 * (1 + p.cluster_cols));  // the four warps that have read it, of each block
+      ptx::mbarrier_init(empty + 8 * i, 8);  // the four warps that have read it, of both blocks
     }
     for (int i = 0; i < kSlots; i++) {
       ptx::mbarrier_init(slots + 8 * i, 1);
@@ -274,16 +252,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   if (group == 0) {
     ptx::setmaxnreg_decrease<24>();
     if (warp == 0 && ptx::elect_one()) {
-      for (int i = cluster_of(p); i < p.works; i += p.clusters) {
+      for (int i = static_cast<int>(blockIdx.x) / 2; i < p.works; i += p.clusters) {
         const WgmmaWork work = wgmma_work<kN>(p, i, rank);
         for (int s = 0; s < work.stages; s++, step++) {
           const int stage = step % Tile::kStages;
           ptx::mbarrier_wait(empty + 8 * stage, step / Tile::kStages % 2 ^ 1);
           ptx::mbarrier_arrive_expect_tx(full + 8 * stage, Tile::kStageBytes);
-          const int k = work.k0 + s * kWgmmaDepth, rank = static_cast<int>(ptx::cluster_rank());  // again: 24 registers
-          const uint32_t a = stages + stage * Tile::kStageBytes;
-          load_a<kTransposedA>(p, &a_map, work.row0, k, rank, a, full + 8 * stage);
-          load_b<kN, kTransposedB>(p, &b_map, work.col0, k, rank, a + Tile::kABytes, full + 8 * stage);
+          load_stage<kN, kTransposedA, kTransposedB>(p, &a_map, &b_map, work, work.k0 + s * kWgmmaDepth, rank,
+                                                     stages + stage * Tile::kStageBytes, full + 8 * stage);
         }
       }
     }
@@ -294,11 +270,11 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     __syncwarp();
   } else {
     ptx::setmaxnreg_increase<240>();
-    auto release = [&](int stage) {  // lanes 1 and 2 tell the neighbours, who load parts of it
+    auto release = [&](int stage) {  // in both blocks: b's half comes from the other one
       if (lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
-      else if (lane <= p.cluster_cols) ptx::mbarrier_arrive_cluster_relaxed(ptx::map_shared(empty + 8 * stage, rank ^ lane));
+      if (lane == 1) ptx::mbarrier_arrive_cluster_relaxed(ptx::map_shared(empty + 8 * stage, rank ^ 1));
     };
-    int i = cluster_of(p), turn = group - 1;
+    int i = static_cast<int>(blockIdx.x) / 2, turn = group - 1;
     if (group == 2) {
       step = stages_of(p, i);
       i += p.clusters;
@@ -393,17 +369,12 @@ EpilogueMaps epilogue_maps(const GemmTask& gemm, const WgmmaTask& task) {
   return {in, epilogue_map(pre, kPieceRows), epilogue_map(hidden, kPieceRows)};
 }
 
-// As many clusters as run at a time (a GPC whose multiprocessors are no multiple of four leaves some idle), and no more: the
-// works are shared out evenly, so that a second wave would take as long as the first.
 template <class T, int kN, bool kTransposedA, bool kTransposedB, EpilogueKind kKind, bool kGated>
-void launch_wgmma(const GemmTask& gemm, WgmmaTask task, cudaStream_t stream) {
-  const auto kernel = gemm_kernel_sm90<T, kN, kTransposedA, kTransposedB, kKind, kGated>;
-  const unsigned blocks = 2 * static_cast<unsigned>(task.cluster_cols);
-  Launch l{dim3(blocks), dim3(kWgmmaThreads), WgmmaTile<kN>::kSharedBytes, stream};
-  l.cluster = dim3(blocks);
-  if (task.cluster_cols > 1) task.clusters = std::min(task.clusters, resident_clusters("gemm", l, kernel));
-  l.grid.x *= static_cast<unsigned>(task.clusters);
-  launch("gemm", l, kernel, operand_map<T>(gemm.a, gemm.m, gemm.k, kWgmmaRows / task.cluster_cols, kWgmmaDepth),
+void launch_wgmma(const GemmTask& gemm, const WgmmaTask& task, cudaStream_t stream) {
+  Launch l{dim3(static_cast<unsigned>(2 * task.clusters)), dim3(kWgmmaThreads), WgmmaTile<kN>::kSharedBytes, stream};
+  l.cluster = dim3(2, 1, 1);
+  launch("gemm", l, gemm_kernel_sm90<T, kN, kTransposedA, kTransposedB, kKind, kGated>,
+         operand_map<T>(gemm.a, gemm.m, gemm.k, kWgmmaRows, kWgmmaDepth),
          operand_map<T>(gemm.b, gemm.n, gemm.k, task.gate_rows > 0 ? task.gate_rows : kN / 2, kWgmmaDepth / 2),
          epilogue_maps<T>(gemm, task), task);
 }
@@ -426,12 +397,11 @@ void run_wgmma(const GemmTask& gemm, const GemmPlan& plan, int sms, cudaStream_t
   task.epilogue = gemm.epilogue;
   task.k = static_cast<int>(gemm.k);
   task.split_k = static_cast<int>(plan.split_k);
-  task.cluster_cols = plan.cluster_cols;
-  task.down = static_cast<int>(ceil_div(plan.tiles_m, 2));
-  task.across = static_cast<int>(ceil_div(plan.tiles_n, plan.cluster_cols));
+  task.pairs = static_cast<int>(ceil_div(plan.tiles_m, 2));
+  task.tiles_n = static_cast<int>(plan.tiles_n);
   task.splits = static_cast<int>(plan.splits);
-  task.works = task.down * task.across * task.splits;
-  task.clusters = std::min(task.works, sms / (2 * plan.cluster_cols));
+  task.works = task.pairs * task.tiles_n * task.splits;
+  task.clusters = std::min(task.works, sms / 2);
   EpilogueTask& t = task.epilogue;
   if (plan.splits > 1) {
     t.e = Epilogue{};

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "common/cuda/platform.h"
 #include "gemm/gemm.h"
@@ -20,7 +19,6 @@ struct GemmPlan {
   int64_t tiles_m, tiles_n;
   int64_t splits;
   int64_t split_k;   // elements of k a split
-  int cluster_cols;  // wgmma: columns of a cluster's tiles, 1 or 2; it has two rows of them
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -38,7 +36,7 @@ inline bool is_gated_product(const Epilogue& e) { return e.kind == EpilogueKind:
 
 inline GemmPlan tiles_of(const Gemm& p, bool aligned, int rows, int cols) {
   const bool gated = is_gated_product(p.epilogue);
-  return {false, aligned, rows, cols, ceil_div(p.m, rows), ceil_div(gated ? p.n / 2 : p.n, gated ? cols / 2 : cols), 1, p.k, 1};
+  return {false, aligned, rows, cols, ceil_div(p.m, rows), ceil_div(gated ? p.n / 2 : p.n, gated ? cols / 2 : cols), 1, p.k};
 }
 
 // The same tiles with k in about so many parts.
@@ -68,22 +66,15 @@ inline GemmPlan plan_mma(const Gemm& p, bool aligned) {
   return plan_with(64);
 }
 
-constexpr double kPeak = 4096, kMmaPart = 0.63;     // operations a cycle of a multiprocessor, mma.sync's (arXiv:2402.13499)
-constexpr double kL2Bytes = 29, kMemoryBytes = 14;  // bytes a cycle, for each multiprocessor while all of them read
-
-// Cycles of a multiprocessor of an H100 that a plan takes, about: its products, or the reading of their operands from the L2
-// cache; filling the first stages and finishing the last tile; and partial products, written and read.
+// Cycles of a multiprocessor of an H100 that a plan takes, about: its products at 4096 operations a cycle, of which mma.sync
+// reaches 63 % (arXiv:2402.13499); filling the first stages and finishing the last tile; and partial products, written and
+// read at 14 bytes a cycle (3.35 TB/s).
 inline double cycles_of(const Gemm& p, const GemmPlan& plan) {
-  const int down = plan.wgmma ? 2 : 1, across = plan.cluster_cols, blocks = down * across;  // tiles of a cluster
-  // The GPCs of an H100 have 16 or 18 multiprocessors: of its 132 about 128 run clusters of four.
-  const int64_t clusters = (blocks > 2 ? p.sms - p.sms / 32 : p.sms) / blocks;
-  const int64_t works = ceil_div(plan.tiles_m, down) * ceil_div(plan.tiles_n, across) * plan.splits;
-  const double busy = static_cast<double>(std::min(works, clusters) * blocks) / p.sms;
-  const double product = 2.0 * plan.rows * plan.cols * plan.split_k / kPeak;
-  const double operands = 2.0 * plan.split_k * (plan.rows / across + plan.cols / down) * busy / kL2Bytes;
-  const double partials = plan.splits > 1 ? 8.0 * plan.splits * p.m * p.n / (kMemoryBytes * p.sms) : 0.0;
-  const double turn = std::max(product, operands) / (plan.wgmma ? 1.0 : kMmaPart);
-  return ceil_div(works, clusters) * turn + partials + 5000.0 * (plan.splits > 1 ? 2 : 1);
+  const int64_t tiles = plan.wgmma ? ceil_div(plan.tiles_m, 2) * plan.tiles_n : plan.tiles_m * plan.tiles_n;
+  const int64_t turns = ceil_div(tiles * plan.splits, plan.wgmma ? p.sms / 2 : p.sms);
+  const double product = 2.0 * plan.rows * plan.cols * plan.split_k / (plan.wgmma ? 4096 : 0.63 * 4096);
+  const double partials = plan.splits > 1 ? 8.0 * plan.splits * p.m * p.n / (14.0 * p.sms) : 0.0;
+  return turns * product + partials + 5000.0 * (plan.splits > 1 ? 2 : 1);
 }
 
 // Whether TMA and wgmma can take the operands, but for their addresses; what they can only pad is left to mma.sync.
@@ -99,11 +90,10 @@ inline bool wgmma_takes(const Gemm& p) {
 inline GemmPlan plan_gemm(const Gemm& p, bool aligned, bool whole) {
   GemmPlan best = plan_mma(p, aligned);
   if (!aligned || !whole || !wgmma_takes(p)) return best;
-  for (const auto [cols, cluster_cols] : {std::pair(192, 1), std::pair(128, 1), std::pair(192, 2), std::pair(128, 2)}) {
-    if ((cols > 128 && p.epilogue.kind != EpilogueKind::store) || p.sms < 2 * cluster_cols) continue;
+  for (const int cols : {192, 128}) {
+    if (cols > 128 && p.epilogue.kind != EpilogueKind::store) continue;
     GemmPlan tiles = tiles_of(p, aligned, kWgmmaRows, cols);
     tiles.wgmma = true;
-    tiles.cluster_cols = cluster_cols;
     for (int64_t splits = 1; splits <= std::min(kMostSplits, std::max<int64_t>(1, p.k / kLeastDepth)); splits++) {
       GemmPlan plan = split(tiles, p.k, splits);
       if (plan.splits > 1) plan.tiles_n = ceil_div(p.n, cols);  // parts of a gated product are not gated yet

@@ -1,7 +1,5 @@
 // Launching a kernel: the one place that starts one, checks the launch and says what failed.
 #pragma once
-#include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -62,44 +60,6 @@ inline int multiprocessors() {
   return count;
 #else
   return emulator::multiprocessors();
-#endif
-}
-
-// How many of the launch's clusters the current device runs at a time; its grid does not matter. The answer is kept.
-template <class... Parameters>
-int resident_clusters(const char* name, const Launch& l, void (*kernel)(Parameters...)) {
-#ifdef __CUDACC__
-  static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, unsigned>, int> known;
-  const auto function = reinterpret_cast<const void*>(kernel);
-  const std::lock_guard<std::mutex> lock(mutex);
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    const auto found = known.find({device, function, l.cluster.x});
-    if (found != known.end()) return found->second;
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {l.cluster.x, l.cluster.y, l.cluster.z};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = l.grid;
-    config.blockDim = l.block;
-    config.dynamicSmemBytes = l.shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&count, function, &config);
-  }
-  if (error != cudaSuccess || count < 1) {
-    cudaGetLastError();  // taken: nobody else is to find it later
-    throw_launch_error(name, l, error != cudaSuccess ? cudaGetErrorString(error) : "the device runs no such cluster");
-  }
-  return known[{device, function, l.cluster.x}] = count;
-#else
-  (void)name, (void)l, (void)kernel;
-  return emulator::resident_clusters();
 #endif
 }
 

@@ -75,7 +75,6 @@ int main(int arguments, char**) {
     cross_entropy(3, 300, bf16);
     column_sums(70, 13, 16, bf16);
     product(256, 128, 72, bf16, rows, activate, Activation::swiglu, 2, true);
-    product(136, 136, 72, bf16, columns, backward, Activation::swiglu, 4, true);  // a cluster of four
     if (arguments > 1) {
       product(136, 144, 72, bf16, rows, activate, Activation::swiglu, 1);
       product(136, 136, 72, f16, columns, backward, Activation::gelu, 1);
@@ -85,10 +84,7 @@ int main(int arguments, char**) {
       product(65, 33, 530, f32, columns, backward, Activation::swiglu, 64);
       product(1, 1, 1, f16, {true, true, 2}, store, Activation::relu, 1);
       for (const Layout layout : {rows, columns, both}) product(264, 392, 456, bf16, layout, store, Activation::relu, 2, true);
-      for (const Layout layout : {rows, columns, both}) product(520, 520, 328, bf16, layout, store, Activation::relu, 8, true);
       product(264, 136, 72, f16, columns, activate, Activation::gelu, 2, true);
-      product(648, 592, 72, f16, rows, activate, Activation::swiglu, 8, true);
-      product(648, 296, 72, bf16, columns, backward, Activation::gelu, 8, true);
       product(520, 136, 72, bf16, columns, backward, Activation::geglu, 4, true);
       product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 2, true);
       product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 16, false);  // k is split
