@@ -185,6 +185,11 @@ def test_the_cost_of_a_case() -> None:
     assert both.flops == 3 * cost.flops and both.bytes == 2 * cost.bytes
 
 
+def test_kernels_belong_to_the_marker_before_them() -> None:
+    kernels = [("warm", 9.0), ("a bitwise_not kernel", 5.0), ("x", 1.0), ("y", 2.0), ("bitwise_not", 5.0), ("z", 4.0)]
+    assert rates.between_markers(kernels) == [3.0, 4.0]
+
+
 def test_the_operations_of_a_training_step() -> None:
     c, tokens = TINY.config, TINY.batch * TINY.length
     products = 12 * c.n_embd**2 + c.vocab_size * c.n_embd

@@ -36,23 +36,43 @@ def measure_ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: 
     return Ceilings(2.0 * size**3 / product, 2.0 * copied / copy)
 
 
-def kernel_seconds(call: Callable[[], Any], repeats: int = 5) -> float | None:
-    """The time of a call's kernels alone, by the profiler: what is left where a CUDA graph or a long queue hides the
-    launches. Before each call the GPU's cache is filled with other data. None without a GPU."""
+def kernel_seconds(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, float]:
+    """The time of each call's kernels alone, by the profiler: what is left where a CUDA graph or a long queue hides the
+    launches. Before each call the GPU's cache is filled with other data. Empty without a GPU."""
     if not torch.cuda.is_available():
-        return None
+        return {}
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     other = torch.zeros(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
-    call()
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(repeats):
-            torch.bitwise_not(other, out=other)
-            call()
+        for call in calls.values():
+            for _ in range(repeats):
+                torch.bitwise_not(other, out=other)
+                call()
         torch.cuda.synchronize()
-    kernels = (e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and "bitwise_not" not in e.key)
-    return sum(e.self_device_time_total for e in kernels) * 1e-6 / repeats
+    kernels = [e for e in profiled.events() if e.device_type == DeviceType.CUDA]
+    ordered = sorted((e.time_range.start, e.time_range.elapsed_us(), e.name) for e in kernels)
+    seconds = between_markers([(name, 1e-6 * us) for _, us, name in ordered])
+    return {
+        name: sum(seconds[repeats * i : repeats * (i + 1)]) / repeats
+        for i, name in enumerate(calls)
+        if len(seconds) == repeats * len(calls)
+    }
+
+
+def between_markers(kernels: Iterable[tuple[str, float]], marker: str = "bitwise_not") -> list[float]:
+    """The sums of what comes after each kernel whose name has the marker's, of (name, seconds) in their order."""
+    sums: list[float] = []
+    for name, seconds in kernels:
+        if marker in name:
+            sums.append(0.0)
+        elif sums:
+            sums[-1] += seconds
+    return sums
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,13 @@ def _one_case(
             arguments = case.build(Maker(dtype, device))
             cost = cost_of(case, arguments, comparison.mode)
             measured = {r.peer for r in comparison.results if r.median is not None}
-            alone = {
-                peer.name: kernel_seconds(call_of(peer, arguments, comparison.mode))
-                for peer in peers(case, arguments)
-                if peer.name in measured - {MAX_AUTOTUNE}  # it would compile anew
-            }
+            alone = kernel_seconds(
+                {
+                    peer.name: call_of(peer, arguments, comparison.mode)
+                    for peer in peers(case, arguments)
+                    if peer.name in measured - {MAX_AUTOTUNE}  # it would compile anew
+                }
+            )
             _add(record, table, comparison, cost, known, alone)
     except Exception as error:
         record.note(f"{case}: {reason_of(error)}")
@@ -159,7 +161,7 @@ def _add(
     comparison: Comparison,
     cost: Cost,
     known: Ceilings | None,
-    alone: dict[str, float | None],
+    alone: dict[str, float],
 ) -> None:
     """A row for each peer that was measured, a note for each that was not. `alone`: the seconds of the kernels."""
     for result in comparison.results:
