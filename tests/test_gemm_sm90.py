@@ -36,6 +36,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(emulator, "HOPPER", True)
+    monkeypatch.setattr(gemm, "library_is_faster", lambda a: False)
     with emulator.emulated() if on_emulator else nullcontext():
         yield "cpu" if on_emulator else "cuda"
 

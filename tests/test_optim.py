@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from array import array
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm import ops
-from fastlm.ops import registry
+from fastlm.ops import native, registry
+from fastlm.ops.adamw import native as adamw_native
 from fastlm.optim import AdamW
 from tests.op_suite import check
 
@@ -422,6 +425,43 @@ def test_the_cuda_step_is_the_cpus_to_the_bit() -> None:
             train(AdamW(params, amsgrad=True, master_weights=True, lr=3e-2), range(3), grad_scale=0.37)
         results.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not native.reads_tensors(), reason="this torch's tensors cannot be read in C++")
+def test_the_table_made_in_cpp() -> None:
+    """It is the one that Python makes; and there is none of what only Python has a way for."""
+
+    def tensors(p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return p, torch.randn(p.shape).to(p.dtype), torch.zeros(p.shape), torch.zeros(p.shape)
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    shapes = ((3, 4), (), (0, 5), (7,), (1, 1, 2))
+    call = list(zip(*[tensors(torch.randn(s).to(d)) for s in shapes for d in dtypes], strict=True))
+    none = [None] * len(call[0])
+    rows = adamw_native.Rows(*call, none, none).rows
+    assert adamw_native.table_of(*call) == (array("q", itertools.chain.from_iterable(rows)).tobytes(), 0)
+
+    p, grad, m, v = tensors(torch.randn(3, 4))
+    for changed in (
+        (p, torch.randn(4, 3).t(), m, v),
+        (p, grad, torch.zeros(12), v),
+        (p, grad, m, v.double()),
+        (p.double(), grad, m, v),
+        (p, grad.to_sparse(), m, v),
+    ):
+        assert adamw_native.table_of(*([t] for t in changed)) is None
+    with fastlm.backend("reference"):
+        assert adamw_native.table_of([p], [grad], [m], [v]) is None
+
+
+@pytest.mark.skipif(not native.reads_tensors(), reason="this torch's tensors cannot be read in C++")
+def test_steps_that_are_all_the_same() -> None:
+    steps = [torch.tensor(2.0) for _ in range(3)]
+    assert adamw_native.common_step(steps) == 2 and adamw_native.common_step(steps, add_one=True) == 2
+    assert [s.item() for s in steps] == [3.0] * 3
+    steps[1] += 1
+    assert adamw_native.common_step(steps, add_one=True) is None and [s.item() for s in steps] == [3.0, 4.0, 3.0]
+    assert adamw_native.common_step([]) is None and adamw_native.common_step([torch.zeros(2)]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
