@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,22 @@ def test_a_cache_that_was_emptied_or_cut_goes_on(device: str) -> None:
     for step in range(3):
         last = token(model, 2, step)
         torch.testing.assert_close(decode(last, cache), model.hidden_states(last, cache=other))
+
+
+@torch.no_grad()
+def test_where_nothing_can_be_recorded_steps_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("cpu")
+
+    def record(step: Callable[[], None], device: torch.device) -> Any:
+        raise RuntimeError("it waits")
+
+    monkeypatch.setattr(graphs, "record", record)
+    decode, cache, layers = GraphDecoder(model), filled(model, 2, 7), filled(model, 2, 7)
+    for step in range(4):
+        last = token(model, 2, step)
+        with pytest.warns(UserWarning, match="it waits") if step == 1 else nullcontext():
+            got = decode(last, cache)
+        torch.testing.assert_close(got, model.hidden_states(last, cache=layers))
 
 
 def test_generation_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

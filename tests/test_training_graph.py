@@ -7,6 +7,7 @@ replay fills the tensors of the recording.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -116,16 +117,23 @@ def test_gradients_that_are_not_the_graphs_are_added_to(device: str, monkeypatch
         torch.testing.assert_close(grad, p.grad + 1, rtol=1e-4, atol=1e-5)
 
 
-def test_without_memory_for_a_graph_passes_stay_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no more"), RuntimeError("it waits")], ids=["memory", "waits"]
+)
+def test_where_nothing_can_be_recorded_passes_stay_direct(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     direct, recorded = (Training("cpu", monkeypatch, recorded) for recorded in (False, True))
 
     def record(function: Callable[[], Tensor], device: torch.device, pool: Any) -> Any:
-        function()  # gradients have been made when memory runs out
-        raise torch.OutOfMemoryError("no more")
+        function()  # gradients have been made when it fails
+        raise error
 
     monkeypatch.setattr(graphs, "record", record)
-    for _ in range(WARM_UP + 2):
-        assert recorded.step(2) == pytest.approx(direct.step(2), rel=1e-5)
+    for step in range(WARM_UP + 2):
+        fails = step == (WARM_UP + 1) // 2  # the first step that begins after the direct passes
+        with pytest.warns(UserWarning, match=str(error)) if fails else nullcontext():
+            losses = recorded.step(2)
+        assert losses == pytest.approx(direct.step(2), rel=1e-5)
 
 
 def test_dropout_is_drawn_anew_at_each_replay(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

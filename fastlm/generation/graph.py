@@ -7,6 +7,7 @@ graph's own, and the stores of keys and values are read and written through thos
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,12 +96,19 @@ class GraphDecoder:
         elif not self._lengths:  # loads the kernels, which must not happen while recording
             self._step(stores)
         else:
-            graph, _ = graphs.record(lambda: self._step(stores), last.device)
-            self._replay = graph.replay
+            self._replay = self._recorded(stores)
             self._replay()
         cache.advance(1)
         self._lengths = [n + 1 for n in lengths]
         return self._hidden
+
+    def _recorded(self, stores: _Stores) -> Callable[[], object]:
+        """A step's graph; the step itself where none can be recorded."""
+        try:
+            return graphs.record(lambda: self._step(stores), self._at.device)[0].replay
+        except RuntimeError as error:
+            warnings.warn(f"tokens are decoded kernel by kernel, without a CUDA graph: {error}", stacklevel=4)
+            return lambda: self._step(stores)
 
     def _step(self, stores: _Stores) -> None:
         """From `_last` and `_at` to `_hidden`; `_at` then is one more."""

@@ -7,6 +7,7 @@ did.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ class RecordedPass:
 
     There are two graphs: one makes the gradients anew, the other adds to them (gradient accumulation). Batches of
     another shape than the first, and parameters whose gradients are others than the graph's, take the direct way; where
-    there is not memory enough for the graph, everything does.
+    no graph can be recorded (there is not memory enough, say), everything does, and a warning says why.
 
     Args:
         compute: from a batch's tensors to the loss, the backward pass included; it must wait for nothing on the GPU.
@@ -47,7 +48,8 @@ class RecordedPass:
         if anew not in self._graphs:
             try:
                 self._record(anew, batch)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # no memory for it, or something in the pass waits for the GPU
+                warnings.warn(f"passes are launched kernel by kernel, without a CUDA graph: {error}", stacklevel=2)
                 self._direct_passes = 2**63
                 for p, grad in zip(self.parameters, self._gradients or [None] * len(self.parameters), strict=True):
                     p.grad = None if anew else grad
