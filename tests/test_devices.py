@@ -65,7 +65,7 @@ def test_an_older_gpu_is_refused_with_what_is_needed(
 
 
 TOO_MANY = 2**31
-ATTENTION = (0,) * 6, (*(0,) * 9, 0, 0, 2**24, 2**16, 2**16, 1, 1, 8, -1, -1, 2**16), 1.0, 0.0, 0, 1.0, 2
+ATTENTION = (0,) * 6, (*(0,) * 9, 0, 0, 2**24, 2**16, 2**16, 1, 1, 8, -1, -1, 2**16, 0), 1.0, 0.0, 0, 1.0, 2
 DECODE = (0,) * 8, (*(0,) * 6, 0, 2**16, 1, 1, 1, 8, 8, 0, 0, 0, -1), 1.0, 0.0, 2
 GRIDS: dict[str, tuple] = {
     "layer_norm_forward": (True, *(0,) * 8, TOO_MANY, 65536, 0, 0, 1e-5, False, 0, 0, 0, 0),
