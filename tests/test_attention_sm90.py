@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,28 +12,17 @@ from torch import Tensor
 
 import fastlm
 from fastlm import ops
-from fastlm.ops import native
 from fastlm.ops.attention.cases import CASES, eager_attention
 from fastlm.ops.case import Case
-from tests.emulator import backend as emulator
+from tests.emulator.hopper import device_of, sixteen_bit
 from tests.op_suite import check, check_case, wide
-
-
-def sixteen_bit(test: Callable) -> Callable:
-    return pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])(test)
 
 
 @pytest.fixture(params=["emulator", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    on_emulator = request.param == "emulator"
-    reason = emulator.unavailable() if on_emulator else native.cuda_unavailable()
-    if reason is None and not on_emulator and not native.has_wgmma(torch.empty(0, device="cuda")):
-        reason = "the GPU is not of compute capability 9.0, or fastlm was built without sm_90a"
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setattr(emulator, "HOPPER", True)
+    place = device_of(request.param, monkeypatch)
     with fastlm.backend(request.param):
-        yield "cpu" if on_emulator else "cuda"
+        yield place
 
 
 class Attention:

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastlm.ops import gemm, native
+from fastlm.ops import gemm
 from fastlm.ops.linear_cross_entropy.cases import _case as _loss
 from fastlm.ops.mlp import reference
 from fastlm.ops.mlp.cases import _mlp
 from fastlm.ops.mlp.native import CODE
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from tests.emulator import backend as emulator
+from tests.emulator.hopper import device_of, sixteen_bit
 from tests.op_suite import check, check_case
 from tests.test_gemm import matrix, textbook
 
 THREADS = 384  # of its blocks; no other product has so many
 
 
-def sixteen_bit(test: Callable) -> Callable:
-    return pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])(test)
-
-
 @pytest.fixture(params=["emulator", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    on_emulator = request.param == "emulator"
-    reason = emulator.unavailable() if on_emulator else native.cuda_unavailable()
-    if reason is None and not on_emulator and not native.has_wgmma(torch.empty(0, device="cuda")):
-        reason = "the GPU is not of compute capability 9.0, or fastlm was built without sm_90a"
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setattr(emulator, "HOPPER", True)
+    place = device_of(request.param, monkeypatch)
     monkeypatch.setattr(gemm, "library_is_faster", lambda a: False)
-    with emulator.emulated() if on_emulator else nullcontext():
-        yield "cpu" if on_emulator else "cuda"
+    with emulator.emulated() if place == "cpu" else nullcontext():
+        yield place
 
 
 @contextmanager

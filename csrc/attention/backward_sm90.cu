@@ -93,7 +93,7 @@ template <class T>
 TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows, int64_t heads, int64_t width, int box_rows) {
   auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
   auto stride = [&](int64_t n, int64_t elements) { return size((n > 1 ? elements : width) * static_cast<int64_t>(sizeof(T))); };
-  return make_tensor_map({data, Element<T>::kMap, 4, {size(width), size(heads), size(rows), size(batch)},
+  return make_tensor_map({data, WgmmaElement<T>::kMap, 4, {size(width), size(heads), size(rows), size(batch)},
                           {0, stride(heads, s.head), stride(rows, s.row), stride(batch, s.batch)},
                           {kColumns, 1, static_cast<uint32_t>(box_rows), 1}, Swizzle::b128});
 }

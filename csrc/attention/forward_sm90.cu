@@ -6,7 +6,6 @@
 // tile before, and computes the weights of the one while the other is under way; and the warpgroups take turns at starting
 // products, so that one's softmax falls into the others' products.
 #include <algorithm>
-#include <type_traits>
 
 #include "attention/sm80/launch.h"
 #include "attention/sm90/forward.h"
@@ -18,15 +17,11 @@
 #include "common/cuda/ptx_tma.h"
 #include "common/cuda/ptx_warpgroup.h"
 #include "common/cuda/ptx_wgmma.h"
+#include "common/cuda/wgmma_element.h"
 
 namespace fastlm {
 namespace cuda {
 namespace {
-
-template <class T>
-constexpr auto kWgmmaType = std::is_same_v<T, __half> ? ptx::WgmmaType::f16 : ptx::WgmmaType::bf16;
-template <class T>
-constexpr auto kMapType = std::is_same_v<T, __half> ? ElementType::f16 : ElementType::bf16;
 
 // Tiles lie in shared memory in panels of 64 elements, rows of 128 bytes whose 16-byte pieces the swizzle permutes.
 constexpr int kPanel = 64, kPanelRow = 128, kAtomBytes = 8 * kPanelRow;
@@ -143,7 +138,7 @@ FASTLM_DEVICE void start_scores(float (&s)[S::kColumns / 2], uint32_t q, uint32_
 #pragma unroll
   for (int step = 0; step < S::kWidth / 16; step++) {
     const int panel = step / 4, inside = step % 4 * 32;  // bytes
-    ptx::Wgmma<S::kColumns, kWgmmaType<T>>::template ss<>(s, rows + (panel * S::kRows * kPanelRow + inside) / 16,
+    ptx::Wgmma<S::kColumns, WgmmaElement<T>::kWgmma>::template ss<>(s, rows + (panel * S::kRows * kPanelRow + inside) / 16,
                                                           columns + (panel * S::kColumns * kPanelRow + inside) / 16, step > 0);
   }
   ptx::wgmma_commit();
@@ -156,7 +151,7 @@ FASTLM_DEVICE void start_outputs(float (&out)[S::kWidth / 2], const uint32_t (&w
 #pragma unroll
   for (int step = 0; step < S::kColumns / 16; step++) {
     const uint64_t rows = values + step * 2 * kAtomBytes / 16;
-    ptx::Wgmma<S::kWidth, kWgmmaType<T>>::template rs<ptx::Major::mn>(out, weights[step], rows, true);
+    ptx::Wgmma<S::kWidth, WgmmaElement<T>::kWgmma>::template rs<ptx::Major::mn>(out, weights[step], rows, true);
   }
   ptx::wgmma_commit();
 }
@@ -417,7 +412,7 @@ TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows
   auto stride = [&](int64_t size, int64_t elements) {  // of one element nobody takes a step, but TMA checks the stride
     return static_cast<uint64_t>(size == 1 ? width : elements) * sizeof(T);
   };
-  TensorMapSpec spec{data, kMapType<T>, 4, {}, {}, {}, Swizzle::b128};
+  TensorMapSpec spec{data, WgmmaElement<T>::kMap, 4, {}, {}, {}, Swizzle::b128};
   const int64_t sizes[] = {width, rows, heads, batch}, boxes[] = {kPanel, box_rows, 1, 1};
   for (int d = 0; d < 4; d++) spec.size[d] = static_cast<uint64_t>(sizes[d]), spec.box[d] = static_cast<uint32_t>(boxes[d]);
   spec.stride_bytes[1] = stride(rows, s.row);

@@ -11,23 +11,11 @@
 #include "common/cuda/ptx_tma.h"
 #include "common/cuda/ptx_warpgroup.h"
 #include "common/cuda/ptx_wgmma.h"
+#include "common/cuda/wgmma_element.h"
 #include "gemm/epilogue_sm90.h"
 #include "gemm/gemm_kernel.h"
 
 namespace fastlm::cuda {
-
-template <class T>
-struct WgmmaElement;
-template <>
-struct WgmmaElement<__nv_bfloat16> {
-  static constexpr auto kWgmma = ptx::WgmmaType::bf16;
-  static constexpr auto kMap = ElementType::bf16;
-};
-template <>
-struct WgmmaElement<__half> {
-  static constexpr auto kWgmma = ptx::WgmmaType::f16;
-  static constexpr auto kMap = ElementType::f16;
-};
 
 // An operand's part of a stage: kWgmmaDepth of k, in rows of 128 bytes whose 16-byte pieces the swizzle permutes. Where k
 // is contiguous a row is all of k, for each of m or n. Transposed, a row is 64 elements of m or n; for these come all of k

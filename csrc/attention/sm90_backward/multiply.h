@@ -11,7 +11,7 @@ namespace fastlm::cuda::sm90_backward {
 constexpr auto kAlongK = ptx::Major::k, kAcross = ptx::Major::mn;
 
 template <int kN, class S>
-using Product = ptx::Wgmma<kN, Element<typename S::T>::kWgmma>;
+using Product = ptx::Wgmma<kN, WgmmaElement<typename S::T>::kWgmma>;
 
 FASTLM_DEVICE uint64_t tile_at(uint32_t address, int leading = kAtom) {
   return ptx::wgmma_descriptor(address, leading, kAtom, Swizzle::b128);

@@ -5,22 +5,9 @@
 // of the next. TMA writes that and wgmma reads it, both ways round.
 #pragma once
 #include "attention/sm80/backward.h"
-#include "common/cuda/ptx_wgmma.h"
+#include "common/cuda/wgmma_element.h"
 
 namespace fastlm::cuda::sm90_backward {
-
-template <class T>
-struct Element;
-template <>
-struct Element<__nv_bfloat16> {
-  static constexpr auto kWgmma = ptx::WgmmaType::bf16;
-  static constexpr auto kMap = ElementType::bf16;
-};
-template <>
-struct Element<__half> {
-  static constexpr auto kWgmma = ptx::WgmmaType::f16;
-  static constexpr auto kMap = ElementType::f16;
-};
 
 constexpr int kKeys = 128, kGroupKeys = 64;  // of a block, and of each of its two warpgroups that multiply
 constexpr int kThreads = 384;                // one warpgroup more: it loads, and adds to dq
