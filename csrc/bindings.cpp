@@ -26,6 +26,7 @@
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/layer_norm_torch.h"
 #include "linear/column_sums.h"
+#include "linear/narrow.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -158,6 +159,16 @@ void skinny_linear(Address x, Address weight, Address bias, Address y, int64_t r
                        cols,        depth,            x_stride,       weight_stride, dtype(type)};
   py::gil_scoped_release release;
   skinny_linear_cpu(p);
+}
+
+void narrow_linear(Address x, Address weight, Address bias, Address y, Address workspace, int64_t rows, int64_t cols,
+                   int64_t depth, int64_t x_stride, int64_t weight_stride, int64_t y_stride, int x_type, int weight_type,
+                   int y_type) {
+  const NarrowLinear p{at<void>(x), at<void>(weight), at<void>(bias), at<void>(y),   at<float>(workspace),
+                       rows,        cols,             depth,          x_stride,      weight_stride,
+                       y_stride,    dtype(x_type),    dtype(weight_type), dtype(y_type)};
+  py::gil_scoped_release release;
+  narrow_linear_cpu(p);
 }
 
 // `weights`: addresses, twelve a block in the order of DecodeBlock, then the last norm's two. `caches`: for each group of
@@ -445,6 +456,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_backward_workspace_cuda", &activation_backward_workspace_cuda);
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
+  m.def("narrow_linear", &narrow_linear);
+  m.def("narrow_linear_workspace", &narrow_linear_workspace_cpu);
   m.def("skinny_linear", &skinny_linear);
   m.def("column_sums_workspace_cuda", &column_sums_workspace_cuda);
   m.def("column_sums_cuda", &column_sums_on_cuda);

@@ -39,9 +39,9 @@ def test_the_product_is_rounded_once(
     layouts: tuple[str, str], out_dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "PIECE_BYTES", piece)
-    a, b = matrix(67, 45, torch.bfloat16, layouts[0]), matrix(45, 83, torch.bfloat16, layouts[1])
+    a, b = matrix(267, 45, torch.bfloat16, layouts[0]), matrix(45, 83, torch.bfloat16, layouts[1])
     bias = matrix(1, 83, torch.bfloat16)[0]
-    out = torch.full((67, 83), float("nan"), dtype=out_dtype)
+    out = torch.full((267, 83), float("nan"), dtype=out_dtype)
     products.mm(a, b, out, bias)
     exact = a.double() @ b.double() + bias.double()
     sums = 1e-6 * (a.double().abs() @ b.double().abs() + bias.double().abs())  # the order of float32's additions
@@ -97,10 +97,10 @@ def test_the_memory_beside_the_operands_is_bounded(monkeypatch: pytest.MonkeyPat
         return t
 
     monkeypatch.setattr(memory, "empty", counted)
-    x, weight = matrix(64, 256, torch.bfloat16), matrix(20_000, 256, torch.bfloat16)
-    logits = torch.empty(64, 20_000, dtype=torch.bfloat16)
+    x, weight = matrix(264, 256, torch.bfloat16), matrix(20_000, 256, torch.bfloat16)
+    logits = torch.empty(264, 20_000, dtype=torch.bfloat16)
     products.mm(x, weight.t(), logits)
-    products.mm(logits, weight, torch.empty(64, 256))
+    products.mm(logits, weight, torch.empty(264, 256))
     products.mm(logits.t(), x, torch.empty(20_000, 256, dtype=torch.bfloat16))
     assert taken and max(taken) <= 1 << 20
 
@@ -110,12 +110,13 @@ def test_small_layers_in_training_go_this_way(autocast: bool, monkeypatch: pytes
     calls = []
     monkeypatch.setattr(products, "_widened", lambda a, b, out, *_: calls.append(tuple(out.shape)))
     dtype = torch.float32 if autocast else torch.bfloat16
-    x, weight = torch.randn(20, 12, dtype=dtype), torch.randn(14, 12, dtype=dtype, requires_grad=True)
+    rows = products.NARROW_ROWS + 20
+    x, weight = torch.randn(rows, 12, dtype=dtype), torch.randn(14, 12, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", enabled=autocast):
         y = linear(x, weight)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
-    assert calls == [(20, 14), (14, 12)]  # the output and the weight's gradient
+    assert calls == [(rows, 14), (14, 12)]  # the output and the weight's gradient
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -126,3 +127,60 @@ def test_the_loss_keeps_its_logits_in_float32(dtype: torch.dtype) -> None:
         loss = fastlm.ops.linear_cross_entropy(x, weight, targets)
     exact = torch.nn.functional.cross_entropy(x.double() @ weight.double().t(), targets)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def wanted(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x @ weight.T + bias, and what an element may be off: float32's additions, and one rounding."""
+    exact, magnitude = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    sums = 1e-6 * magnitude
+    return exact, sums + torch.finfo(out_dtype).eps / 2 * (exact.abs() + sums)
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("types", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F32)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (17, 5, 3), (33, 400, 29), (64, 1024, 130), (300, 385, 49)], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "apart"])
+def test_narrow_products(sizes: tuple[int, int, int], types: tuple[torch.dtype, ...], layout: str) -> None:
+    """Any sizes, with rows that lie side by side or further apart than they are long."""
+    rows, depth, cols = sizes
+    gap = 3 if layout == "apart" else 0
+    x, weight = matrix(rows, depth + gap, types[0])[:, :depth], matrix(cols, depth + gap, types[1])[:, :depth]
+    around = torch.full((rows, cols + gap), 7.0, dtype=types[2])
+    for bias in (None, matrix(1, cols, types[1])[0]):
+        products.narrow(x, weight, bias, around[:, :cols])
+        exact, bound = wanted(x, weight, bias, types[2])
+        assert ((around[:, :cols].double() - exact).abs() <= bound).all()
+        assert (around[:, cols:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_row_of_a_narrow_product_is_the_same_whatever_the_others_are(dtype: torch.dtype) -> None:
+    x, weight = matrix(300, 800, dtype), matrix(61, 800, dtype)
+    together, some = torch.empty(300, 61, dtype=dtype), torch.empty(20, 61, dtype=dtype)
+    products.narrow(x, weight, None, together)
+    products.narrow(x[137:157], weight, None, some)
+    assert torch.equal(together[137:157], some)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_few_rows_and_a_layers_weights_are_our_own_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[int] = []
+    for name in ("skinny", "narrow"):
+        kernel = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda x, *rest, kernel=kernel: (ours.append(len(x)), kernel(x, *rest))[1])
+    monkeypatch.setattr(products, "_has_wide_registers", lambda: True)
+    weight, bias = matrix(1100, 512, dtype), matrix(1, 1100, dtype)[0]
+    for rows in (3, 16, 17, 256, 257):
+        x = matrix(rows, 512, dtype)
+        exact, bound = wanted(x, weight, bias, dtype)
+        y = products.linear(x, weight, bias)
+        assert ((y.double() - exact).abs() <= bound).all()
+    assert ours == [3, 16, 17, 256]
+    dx = torch.empty(20, 512, dtype=dtype)
+    products.mm(matrix(20, 1100, dtype), weight, dx)  # by the weights as they are, not transposed
+    products.mm(matrix(20, 512, dtype), weight.t(), torch.zeros(20, 1100), accumulate=True)
+    assert ours == [3, 16, 17, 256]

@@ -16,9 +16,9 @@ from fastlm.models.gpt import GPT, Block
 from fastlm.nn import MLP, Attention, LayerNorm, RMSNorm
 from fastlm.nn.linear import Linear
 from fastlm.ops import native, registry
-from fastlm.ops.linear.native import SKINNY_ROWS
 from fastlm.ops.mlp.native import CODE
 from fastlm.ops.native import DTYPE_CODE, pointer
+from fastlm.ops.products import SKINNY_ROWS
 
 _KNOWN = (nn.ModuleList, Block, Attention, MLP, LayerNorm, RMSNorm, Linear, nn.Linear)
 

@@ -16,6 +16,7 @@
 #include "embedding/embedding.h"
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
+#include "linear/narrow.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -157,6 +158,14 @@ void skinny_linear(int64_t rows, int64_t cols, int64_t depth, DType type) {
   record("skinny_linear", {&y});
 }
 
+void narrow_linear(int64_t rows, int64_t cols, int64_t depth, DType x_type, DType weight_type, DType y_type) {
+  Tensor x(rows * (depth + 3) - 3, x_type, 1), weight(cols * (depth + 5) - 5, weight_type, 2), bias(cols, weight_type, 3);
+  Tensor y(rows * (cols + 2) - 2, y_type), workspace(narrow_linear_workspace_cpu(rows, depth), f32);
+  narrow_linear_cpu({x.data, weight.data, bias.data, y.data, workspace.floats(), rows, cols, depth, depth + 3, depth + 5,
+                     cols + 2, x_type, weight_type, y_type});
+  record("narrow_linear", {&y});
+}
+
 void lstm(int64_t batch, int64_t steps, int64_t hidden) {
   const int64_t one = batch * hidden, all = one * steps;
   Tensor gates(4 * all, f32, 1), h0(one, f32, 2), c0(one, f32, 3), weight(4 * hidden * hidden, f32, 4), y(all, f32), c(all, f32);
@@ -262,6 +271,12 @@ void small_cases() {
   skinny_linear(7, 19, 67, bf16);
   skinny_linear(2, 6, 32, bf16);
   skinny_linear(16, 5, 9, f16);
+  narrow_linear(1, 1, 1, f32, f32, f32);
+  narrow_linear(17, 13, 5, f32, f32, f32);
+  narrow_linear(33, 50, 411, f32, f32, f32);
+  narrow_linear(19, 49, 33, bf16, bf16, bf16);
+  narrow_linear(40, 12, 400, f32, bf16, f32);
+  narrow_linear(5, 61, 9, f16, f16, f16);
   lstm(3, 4, 7);
   lstm(5, 2, 33);
   embedding_and_sample(37, f32);
@@ -285,6 +300,7 @@ void large_cases() {
     shared("cross_entropy", [&] { cross_entropy(20, 3001, 0.0f, type); });
     shared("optimizer", [&] { optimizer(200003, type, type, false); });
     shared("skinny_linear", [&] { skinny_linear(4, 301, 768, type); });
+    shared("narrow_linear", [&] { narrow_linear(70, 301, 768, type, type, type); });
     shared("embedding_and_sample", [&] { embedding_and_sample(20011, type); });
     shared("rotary", [&] { rotary(70, 12, 64, false, type); });
     shared("decode", [&] { decode(128, false, Activation::gelu_tanh, type); });

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native, products
+from fastlm.ops import products
 from fastlm.ops.checks import autocast_off
-from fastlm.ops.native import DTYPE_CODE, pointer, rows
-
-SKINNY_ROWS = 16  # csrc/linear/skinny.h
+from fastlm.ops.native import DTYPE_CODE
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -21,11 +19,9 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     width, depth = weight.shape
     count = x.numel() // depth
-    # Beside the library's product with 768 x 3072 weights, on two cores of a Cascade Lake Xeon, ours takes 0.45 of the
-    # time for 1 to 4 rows in float32 and 0.75 for 16; in bfloat16 0.6, 0.3 and 0.4.
-    if x.is_cpu and count <= SKINNY_ROWS and weight.stride(1) == 1:
+    if x.is_cpu and count <= products.SKINNY_ROWS and weight.stride(1) == 1:
         y = x.new_empty(*x.shape[:-1], width)
-        skinny(x, weight, bias, y, count)
+        products.skinny(x, weight, bias, y, count)
         return y
     with autocast_off(x):
         return _product(x.reshape(-1, depth), weight, bias).view(*x.shape[:-1], width)
@@ -46,21 +42,3 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cpu:
         return products.linear(x, weight, bias)
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, count: int) -> None:
-    """y = x @ weight.T + bias for at most SKINNY_ROWS rows on the CPU; y is contiguous, weight's rows are."""
-    x, x_stride = rows(x)
-    bias = None if bias is None else bias.contiguous()
-    native.C.skinny_linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        pointer(bias),
-        y.data_ptr(),
-        count,
-        weight.shape[0],
-        weight.shape[1],
-        x_stride,
-        weight.stride(0),
-        DTYPE_CODE[x.dtype],
-    )
