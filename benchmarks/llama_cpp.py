@@ -1,4 +1,4 @@
-"""Decoding beside llama.cpp: GPT-2 124M, one prompt, the same weights, the same precision, the same threads.
+"""Reading a prompt and decoding beside llama.cpp: GPT-2 124M, the same weights, the same precision, the same threads.
 
     pip install llama-cpp-python gguf
     python -m benchmarks.llama_cpp --out benchmarks/results/llama-cpp.json
@@ -26,6 +26,7 @@ import fastlm
 from fastlm.bench import report
 
 PROMPT, NEW, REPEATS = list(range(100, 164)), 64, 5
+LENGTHS = (32, 128, 256)  # of prompts that are read, with one token after them
 NAMES = {
     "wte.weight": "token_embd.weight",
     "wpe.weight": "position_embd.weight",
@@ -57,7 +58,7 @@ def main() -> None:
             rounds = [
                 {peer: _ask(peer, models[peer], options.threads) for peer in WORKERS} for _ in range(options.rounds)
             ]
-            results.append(_summary(str(dtype).removeprefix("torch."), rounds))
+            results += _summaries(str(dtype).removeprefix("torch."), rounds)
     if options.out is not None:
         content = {"environment": report.environment(), "threads": options.threads, "results": results}
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,44 +122,56 @@ def _fastlm(path: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     dtype = torch.bfloat16 if path.endswith("bfloat16") else torch.float32  # it is loaded as float32
     model = fastlm.GPT.from_pretrained(path).to(dtype).eval()
-    prompt = torch.tensor([PROMPT])
-    return _timed(lambda: model.generate(prompt, NEW, temperature=0.0)[0, len(PROMPT) :].tolist())
+
+    def generate(prompt: list[int], new: int) -> list[int]:
+        return model.generate(torch.tensor([prompt]), new, temperature=0.0)[0, len(prompt) :].tolist()
+
+    return _timed(generate)
 
 
 def _llama_cpp(path: str, threads: int) -> dict[str, Any]:
     from llama_cpp import Llama
 
-    model = Llama(path, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def generate() -> list[int]:
+    def generate(prompt: list[int], new: int) -> list[int]:
         model.reset()
-        tokens = model.generate(PROMPT, temp=0.0, top_k=1, repeat_penalty=1.0)
-        return [token for token, _ in zip(tokens, range(NEW), strict=False)]
+        tokens = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        return [token for token, _ in zip(tokens, range(new), strict=False)]
 
     return _timed(generate)
 
 
-def _timed(generate: Callable[[], list[int]]) -> dict[str, Any]:
-    tokens, seconds = generate(), []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        generate()
-        seconds.append(time.perf_counter() - start)
-    return {"tokens": tokens, "tokens_per_second": NEW / statistics.median(seconds)}
+def _timed(generate: Callable[[list[int], int], list[int]]) -> dict[str, Any]:
+    """`generate`: the tokens after a prompt, so many."""
+
+    def rate(tokens: int, prompt: list[int], new: int) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):  # the first is not counted
+            start = time.perf_counter()
+            generate(prompt, new)
+            seconds.append(time.perf_counter() - start)
+        return tokens / statistics.median(seconds[1:])
+
+    rates = {f"prompt of {length}": rate(length, list(range(length)), 1) for length in LENGTHS}
+    return {"tokens": generate(PROMPT, NEW), "tokens_per_second": rates | {"decoding": rate(NEW, PROMPT, NEW)}}
 
 
 WORKERS = {"fastlm": _fastlm, "llama.cpp": _llama_cpp}
 
 
-def _summary(dtype: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    rates = {peer: [round_[peer]["tokens_per_second"] for round_ in rounds] for peer in WORKERS}
-    ratios = [ours / theirs for ours, theirs in zip(rates["fastlm"], rates["llama.cpp"], strict=True)]
+def _summaries(dtype: str, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     same = all(round_["fastlm"]["tokens"] == round_["llama.cpp"]["tokens"] for round_ in rounds)
-    medians = ", ".join(f"{peer} {statistics.median(values):.1f} tokens/s" for peer, values in rates.items())
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    tokens = "the same tokens" if same else "DIFFERENT TOKENS"
-    print(f"{dtype}: {medians}; {statistics.median(ratios):.2f}x ({spread}); {tokens}", flush=True)
-    return {"dtype": dtype, "tokens_per_second": rates, "ratio": statistics.median(ratios), "same_tokens": same}
+    print(f"{dtype}: {'the same tokens' if same else 'DIFFERENT TOKENS'}", flush=True)
+    results = []
+    for work in rounds[0]["fastlm"]["tokens_per_second"]:
+        rates = {peer: [round_[peer]["tokens_per_second"][work] for round_ in rounds] for peer in WORKERS}
+        ratios = [ours / theirs for ours, theirs in zip(rates["fastlm"], rates["llama.cpp"], strict=True)]
+        ratio = statistics.median(ratios)
+        medians = ", ".join(f"{peer} {statistics.median(values):.1f} tokens/s" for peer, values in rates.items())
+        print(f"  {work}: {medians}; {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+        results.append({"dtype": dtype, "work": work, "tokens_per_second": rates, "ratio": ratio, "same_tokens": same})
+    return results
 
 
 if __name__ == "__main__":

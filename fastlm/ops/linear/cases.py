@@ -42,5 +42,7 @@ CASES = [
     _linear("1x768-3072", (1, 768), 3072, bench=True),
     _linear("1x768-50304", (1, 768), 50304, bias=False, bench=True),
     _linear("8x768-3072", (8, 768), 3072, bench=True),
+    _linear("32x768-3072", (32, 768), 3072, bench=True),
+    _linear("128x3072-768", (128, 3072), 768, bench=True),
     _linear("1024x768-2304", (1024, 768), 2304, bench=True),
 ]
