@@ -103,10 +103,20 @@ def test_blocks_and_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * a.abs().max().item())
 
 
+def test_a_large_batch_has_blocks_of_an_eighth_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 1 << 17)
+    x, weight, targets = torch.randn(1000, 4), torch.randn(2000, 4), torch.randint(0, 2000, (1000,))
+    with Made() as made:
+        loss, _, _, _ = cpu.forward(x, weight, targets, "mean", -100, 0.0, 0.0, 0.0, [True, True])
+    assert max(made.bytes.values()) == 112 * 2000 * 4
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x @ weight.T, targets))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_block_of_logits_is_all_there_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor is larger than a block, and a pass has one block."""
     monkeypatch.setattr(reference, "BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr(cpu, "_MANY_ROWS", 16)
     x, weight, targets = torch.randn(1000, 4).to(dtype), torch.randn(2000, 4).to(dtype), torch.randint(0, 2000, (1000,))
     with Made() as made:
         loss, lse, _, _ = cpu.forward(x, weight, targets, "mean", -100, 0.1, 1e-3, 5.0, [True, True])

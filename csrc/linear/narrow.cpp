@@ -87,7 +87,7 @@ __attribute__((noinline)) void tile(int64_t depth, Strip strip, const float* pan
       Vec x[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        __builtin_prefetch(panel + 8 * kPanel + v * kSize);
+        prefetch(panel + 8 * kPanel + v * kSize);
         x[v] = load(panel + v * kSize);
       }
 #pragma GCC unroll 16
@@ -103,10 +103,10 @@ __attribute__((noinline)) void tile(int64_t depth, Strip strip, const float* pan
   const int64_t part = depth / kStrip;  // fetches that come all at once would stand in each other's way
   for (int r = 0; r < kStrip; ++r) {
     if (r < read.rows) {
-      for (int64_t i = 0; i < read.lines; ++i) __builtin_prefetch(read.first + r * read.stride + i * 64, 0);
+      for (int64_t i = 0; i < read.lines; ++i) prefetch(read.first + r * read.stride + i * 64);
     }
     if (r < write.rows) {
-      for (int64_t i = 0; i < write.lines; ++i) __builtin_prefetch(write.first + r * write.stride + i * 64, 1);
+      for (int64_t i = 0; i < write.lines; ++i) prefetch_to_write(write.first + r * write.stride + i * 64);
     }
     steps(part);
   }

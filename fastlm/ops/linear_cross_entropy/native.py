@@ -23,6 +23,11 @@ _SLICE_BYTES = 16 << 20
 # what there is beside the inputs and the gradients.
 _WIDE_BYTES = 4 << 20
 
+# Each block reads the weights and dweight once more. So a large batch, whose activations are far larger than that, has
+# blocks of an eighth of its rows, up to this many: 4,096 rows of width 384 take 0.86 of the time that they take in
+# blocks of 208, 2,560 rows of width 768 0.95 (vocabulary 50,304, float32, two cores of a Cascade Lake Xeon).
+_MANY_ROWS = 512
+
 
 def unsupported(x: Tensor, *rest: object) -> str | None:
     if x.dtype not in DTYPE_CODE:
@@ -115,7 +120,7 @@ class _Work:
     ) -> None:
         """The kernel over the blocks. With `loss`, loss and lse are written; else lse is read."""
         count, vocab = len(self.rows), len(self.weight)
-        step = block_rows(count, vocab, self.rows.element_size())
+        step = max(block_rows(count, vocab, self.rows.element_size()), min(_MANY_ROWS, count // 8 // 16 * 16))
         wanted = self.needs_dx or self.needs_dweight
         if loss is None and not wanted:
             return
