@@ -1,8 +1,8 @@
 """A linear layer: x @ weight.T + bias.
 
-Large products belong to the machine's library (cuBLAS, oneDNN, MKL), through torch. What is ours: on the CPU the few
-rows of decoding run through a kernel that reads each weight once, and large results come from kept memory; on a GPU the
-bias gradient is summed at the speed of memory.
+Large products belong to the machine's library (cuBLAS, oneDNN, MKL), through torch. What is ours: on the CPU up to 256
+rows, those of decoding and of a prompt, are multiplied by kernels that read the weights where they lie, and large
+results come from kept memory; on a GPU the bias gradient is summed at the speed of memory.
 """
 
 from __future__ import annotations
