@@ -5,13 +5,12 @@
 #include "linear/narrow.h"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <type_traits>
 
 #include "common/error.h"
-#include "common/parallel.h"
+#include "common/rows.h"
 #include "common/simd.h"
+#include "common/tasks.h"
 #include "common/transpose.h"
 
 namespace fastlm::FASTLM_ISA {
@@ -30,7 +29,6 @@ constexpr int64_t kDepth = 384;      // of a block: kStrip rows of it are 18 KB,
 constexpr int64_t kGroup = 48;       // columns of y that are written together: whole strips, and whole cache lines
 constexpr int64_t kChunkPanels = 8;  // of x at a time: a block of them has 393 KB, with registers of 256 bits 197
 constexpr int64_t kRoomStride = kDepth + 16;
-constexpr int64_t kThreadProducts = 1 << 19;  // fewer are not worth waking a thread
 static_assert(kGroup % kStrip == 0 && kGroup % kSize == 0);
 
 // Rows of x that are worked on together.
@@ -153,9 +151,7 @@ Strip strip_at(const W* weights, int64_t stride, int64_t rows, int64_t depth, fl
   for (int64_t r = 0; r < kStrip; ++r) {
     const W* const from = weights + std::min(r, rows - 1) * stride;  // the rows that are missing come to nothing
     float* const to = room + r * kRoomStride;
-    int64_t k = 0;
-    for (; k + kSize <= depth; k += kSize) store(to + k, load(from + k));
-    if (k < depth) store(to + k, load_n(from + k, depth - k));
+    over_row(depth, [&](auto at, int64_t k, int) { at.store(to + k, at.load(from + k)); });
   }
   return {room, kRoomStride};
 }
@@ -206,11 +202,8 @@ void group_product(const NarrowLinear& p, const Chunk& chunk, int64_t col, float
   }
   float bias[kGroup] = {};
   if (p.bias != nullptr) {
-    for (int64_t c = 0; c < cols; c += kSize) {
-      const int64_t some = std::min(kSize, cols - c);
-      const W* const from = static_cast<const W*>(p.bias) + col + c;
-      store(bias + c, some == kSize ? load(from) : load_n(from, some));
-    }
+    const W* const from = static_cast<const W*>(p.bias) + col;
+    over_row(cols, [&](auto at, int64_t c, int) { at.store(bias + c, at.load(from + c)); });
   }
   for (int64_t panel = 0; panel < chunk.panels; ++panel) {
     turn<Y>(p, chunk, panel, sums + panel * kGroup * kPanel, bias, col, cols);
@@ -223,36 +216,27 @@ int64_t chunk_panels(int64_t rows) {
   return chunks == 0 ? 0 : (all + chunks - 1) / chunks;
 }
 
-// body(i) for 0 .. n-1 on at most `threads` threads, each taken by one that is free.
-template <class Body>
-void share(int64_t n, int64_t threads, const Body& body) {
-  std::atomic<int64_t> next{0};
-  parallel_for(std::min(n, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i);
-  });
-}
-
 }  // namespace
 
 void narrow_linear_cpu(const NarrowLinear& p) {
   check(p.rows >= 0 && p.cols >= 1 && p.depth >= 1,
         "narrow_linear: wanted rows >= 0, at least one column and one element of depth");
   const int64_t panels = chunk_panels(p.rows), parts = (p.depth + kDepth - 1) / kDepth;
-  const int64_t threads = std::min<int64_t>(max_threads(), 1 + p.rows * p.cols * p.depth / kThreadProducts);
+  const int64_t work = p.rows * p.cols * p.depth;
   for (int64_t first = 0; first < p.rows; first += panels * kPanel) {
     const int64_t rows = std::min(panels * kPanel, p.rows - first);
     const Chunk chunk{first, rows, (rows + kPanel - 1) / kPanel, p.workspace};
     with_type(p.x_type, [&](auto x) {
-      share(chunk.panels * parts, threads, [&](int64_t i) {
+      for_each_task(chunk.panels * parts, work, 0, [&](int64_t i, float*) {
         const int64_t begin = i % parts * kDepth;
         pack<decltype(x)>(p, chunk, i / parts, begin, std::min(p.depth, begin + kDepth));
       });
     });
     with_type(p.weight_type, [&](auto w) {
       with_type(p.y_type, [&](auto y) {
-        share((p.cols + kGroup - 1) / kGroup, threads, [&](int64_t i) {
-          const std::unique_ptr<float[]> room(new float[kStrip * kRoomStride + chunk.panels * kGroup * kPanel]);
-          group_product<decltype(w), decltype(y)>(p, chunk, i * kGroup, room.get() + kStrip * kRoomStride, room.get());
+        const int64_t room = kStrip * kRoomStride, sums = chunk.panels * kGroup * kPanel;
+        for_each_task((p.cols + kGroup - 1) / kGroup, work, room + sums, [&](int64_t i, float* buffer) {
+          group_product<decltype(w), decltype(y)>(p, chunk, i * kGroup, buffer + room, buffer);
         });
       });
     });

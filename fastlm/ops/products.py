@@ -27,10 +27,9 @@ PIECE_BYTES = 16 << 20
 # 0.3 and 0.4.
 SKINNY_ROWS = 16
 
-# A layer's weights multiplied where they lie (csrc/linear/narrow.cpp). Beside the library on the same cores, with
-# weights that are not in the cache, ours takes for 32, 128 and 256 rows in float32
-#     768 x 768   0.87, 0.94, 1.03       768 x 3072   0.79, 0.86, 0.89       2048 x 5632   0.65, 0.79, 0.85
-# of the time, and in bfloat16 for 768 x 3072 0.5, 0.7 and 0.75. From 400 rows on the library is faster.
+# A layer's weights multiplied where they lie (csrc/linear/narrow.cpp): up to so many rows, with weights that are not in
+# the cache, 1.1 to 1.6 times as fast as the library in float32 on the same cores, 1.3 to 2.8 times in bfloat16. From
+# 400 rows on the library is as fast (python -m benchmarks.few_rows).
 NARROW_ROWS = 256
 
 # The library is as fast in float32 where the weights have fewer elements.
@@ -104,10 +103,9 @@ def _few_rows(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
     if rows <= SKINNY_ROWS and a.dtype == b.dtype == out.dtype and out.is_contiguous():
         skinny(a, b.t(), bias, out, rows)
         return True
-    if a.dtype == b.dtype == torch.float32:
-        if b.numel() < _NARROW_WEIGHTS or not _has_wide_registers():
-            return False
-    elif any(t.dtype != torch.float32 and not widens(t.dtype) for t in (a, b, out)):
+    if not _has_wide_registers() or any(t.dtype != torch.float32 and not widens(t.dtype) for t in (a, b, out)):
+        return False
+    if a.dtype == b.dtype == torch.float32 and b.numel() < _NARROW_WEIGHTS:
         return False
     narrow(a, b.t(), bias, out)
     return True
