@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kKeyStages; i++) {
       ptx::mbarrier_init(s.keys_full(i), 1);
-      ptx::mbarrier_init(s.keys_empty(i), 4);  // the threads that have stored dk and dv, and those that add to dq
+      ptx::mbarrier_init(s.keys_empty(i), 2 + kSums);  // the threads that have stored dk and dv, and those that add to dq
     }
     for (int i = 0; i < kStages; i++) {
       ptx::mbarrier_init(s.q_full(i), 1);
@@ -35,15 +35,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init(s.ds_full(), 8);
     ptx::mbarrier_init(s.ds_empty(), 8);
-    ptx::mbarrier_init(s.sum_empty(), 1);
-    for (int i = 0; i < 2; i++) ptx::mbarrier_init(s.sum_full(i), 8);
+    for (int i = 0; i < kSums; i++) {
+      ptx::mbarrier_init(s.sum_full(i), 8);
+      ptx::mbarrier_init(s.sum_empty(i), 1);
+    }
     ptx::mbarrier_fence_init();
   }
   __syncthreads();
   if (group == 0) {
     ptx::setmaxnreg_decrease<24>();
     if (warp == 0 && ptx::elect_one()) load(s, task, lse, delta, w.ticket, maps, tickets);
-    if ((warp == 1 || warp == 2) && ptx::elect_one()) add_sums(s, task, w, tickets, warp - 1);
+    if (warp >= 1 && warp <= kSums && ptx::elect_one()) add_sums(s, task, w, tickets, warp - 1);
     __syncwarp();
   } else {
     ptx::setmaxnreg_increase<240>();

@@ -1,8 +1,8 @@
 // A warpgroup that multiplies: 64 keys, whose dk and dv it keeps in registers, and half of the block's dq.
 //
-// Its products and what happens to their results follow each other in a step, but for the next step's S^T, which is begun
-// while dq is on its way. The tensor cores are the other warpgroup's meanwhile. The two meet once a step: dQ takes the dS
-// of both, after dV and dK, which take this one's own.
+// A product runs while its warpgroup works on another's result: dP^T beside the weights, dV beside dS, the next step's S^T
+// while dq is on its way. Else the tensor cores are the other warpgroup's. The two meet once a step: dQ takes the dS of
+// both, after dK, which takes this one's own.
 #pragma once
 #include "attention/sm90_backward/load.h"
 #include "attention/sm90_backward/multiply.h"
@@ -41,9 +41,9 @@ FASTLM_DEVICE void to_gradients(float (&dp)[S::kQueries / 2], const float (&weig
   }
 }
 
-// What is not visible becomes 0 in both, whatever it was.
+// What is not visible becomes 0, whatever it was.
 template <class S>
-FASTLM_DEVICE void hide(const Span& span, Lane lane, float (&weights)[S::kQueries / 2], float (&gradients)[S::kQueries / 2]) {
+FASTLM_DEVICE void hide(const Span& span, Lane lane, float (&values)[S::kQueries / 2]) {
   const Span keys = span.transposed();
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -53,7 +53,7 @@ FASTLM_DEVICE void hide(const Span& span, Lane lane, float (&weights)[S::kQuerie
     for (int n = 0; n < S::kQueries / 8; n++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        if (8 * n + e < low || 8 * n + e >= high) weights[4 * n + 2 * half + e] = gradients[4 * n + 2 * half + e] = 0.0f;
+        if (8 * n + e < low || 8 * n + e >= high) values[4 * n + 2 * half + e] = 0.0f;
       }
     }
   }
@@ -128,15 +128,18 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         rows_by_rows<S>(gradient, v + first_key * kRowBytes, s.dout(stage));
         ptx::wgmma_commit();
         to_weights<S>(score, task.factor, lse);
-        ptx::wgmma_wait<0>();
-        ptx::arrived(gradient);
-        to_gradients<S>(gradient, score, lse + kQueries);
-        if (row < seen_from || row > seen_to) {
-          const int key = work.key0 + warp_key + lane / 4;
-          hide<S>(task.span, {static_cast<int>(ptx::opaque(key)), row + 2 * (lane % 4)}, score, gradient);
-        }
+        const bool partly_hidden = row < seen_from || row > seen_to;
+        const Lane at{static_cast<int>(ptx::opaque(work.key0 + warp_key + lane / 4)), row + 2 * (lane % 4)};
+        if (partly_hidden) hide<S>(task.span, at, score);
         Weights<S> p, ds;
         pack_all<T>(p, score);
+        ptx::wgmma_fence();
+        add_weighted_rows<S>(dv, p, s.dout(stage));  // while dS is computed
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::arrived(gradient);
+        to_gradients<S>(gradient, score, lse + kQueries);
+        if (partly_hidden) hide<S>(task.span, at, gradient);
         pack_all<T>(ds, gradient);
         ptx::mbarrier_wait(s.ds_empty(), step % 2 ^ 1);
         put(s.ds(), kKeys, warp_key, ds);
@@ -144,7 +147,6 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         __syncwarp();
         arrive(s.ds_full());
         ptx::wgmma_fence();
-        add_weighted_rows<S>(dv, p, s.dout(stage));
         add_weighted_rows<S>(dk, ds, s.q(stage));
         ptx::wgmma_commit();
         ptx::mbarrier_wait(s.ds_full(), step % 2);
@@ -164,14 +166,15 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         ptx::wgmma_wait<1>();
         ptx::arrived(dq);
         arrive(s.ds_empty());
-        ptx::mbarrier_wait(s.sum_empty(), step % 2 ^ 1);
+        const int place = step % kSums;
+        ptx::mbarrier_wait(s.sum_empty(place), step / kSums % 2 ^ 1);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          *reinterpret_cast<float4*>(sum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+          *reinterpret_cast<float4*>(sum + place * kSum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
         }
         ptx::fence_proxy_async();
         __syncwarp();
-        arrive(s.sum_full(step % 2));
+        arrive(s.sum_full(place));
         ptx::wgmma_wait<0>();
         ptx::arrived(score);
         step++;

@@ -14,6 +14,7 @@ constexpr int kThreads = 384;                // one warpgroup more: it loads, an
 constexpr int kColumns = 64, kRowBytes = 128, kAtom = 8 * kRowBytes;
 constexpr int kStages = 2;                      // of queries
 constexpr int kSum = 2 * 64 * 64, kSumBytes = 4 * kSum;  // the floats of dq of a step; each warpgroup makes half of them
+constexpr int kSums = 2;                                 // so many steps' dq may wait for their turns
 
 template <class T_, int kWidth_>
 struct Shape {
@@ -26,7 +27,7 @@ struct Shape {
   static constexpr int kKeyTile = kKeys * kWidth * 2, kQueryTile = kQueries * kWidth * 2, kDsTile = kQueries * kKeys * 2;
   static constexpr int kStatistics = kQueries * 4;
   static constexpr int kQueryAt = kKeyStages * 2 * kKeyTile, kDsAt = kQueryAt + kStages * 2 * kQueryTile;
-  static constexpr int kSumAt = kDsAt + kDsTile, kStatisticsAt = kSumAt + kSumBytes;
+  static constexpr int kSumAt = kDsAt + kDsTile, kStatisticsAt = kSumAt + kSums * kSumBytes;
   static constexpr int kBytes = kStatisticsAt + kStages * 2 * kStatistics;
 
   uint32_t base, barriers;  // shared addresses
@@ -36,12 +37,12 @@ struct Shape {
   FASTLM_DEVICE uint32_t q(int stage) const { return base + kQueryAt + stage * 2 * kQueryTile; }
   FASTLM_DEVICE uint32_t dout(int stage) const { return q(stage) + kQueryTile; }
   FASTLM_DEVICE uint32_t ds() const { return base + kDsAt; }
-  FASTLM_DEVICE uint32_t sum() const { return base + kSumAt; }
+  FASTLM_DEVICE uint32_t sum(int slot) const { return base + kSumAt + slot * kSumBytes; }
   FASTLM_DEVICE uint32_t lse(int stage) const { return base + kStatisticsAt + stage * 2 * kStatistics; }
   FASTLM_DEVICE uint32_t delta(int stage) const { return lse(stage) + kStatistics; }
 
   // Number n of what goes round in kCount places has the place n % kCount and its barriers' parity n / kCount % 2.
-  static constexpr int kBarriers = 2 * kKeyStages + 3 * kStages + 5;
+  static constexpr int kBarriers = 2 * kKeyStages + 3 * kStages + 2 + 2 * kSums;
   FASTLM_DEVICE uint32_t keys_full(int slot) const { return barriers + 8 * slot; }
   FASTLM_DEVICE uint32_t keys_empty(int slot) const { return barriers + 8 * (kKeyStages + slot); }
   FASTLM_DEVICE uint32_t q_full(int stage) const { return barriers + 8 * (2 * kKeyStages + stage); }
@@ -49,8 +50,8 @@ struct Shape {
   FASTLM_DEVICE uint32_t empty(int stage) const { return q_full(stage) + 16 * kStages; }
   FASTLM_DEVICE uint32_t ds_full() const { return barriers + 8 * (2 * kKeyStages + 3 * kStages); }
   FASTLM_DEVICE uint32_t ds_empty() const { return ds_full() + 8; }
-  FASTLM_DEVICE uint32_t sum_empty() const { return ds_full() + 16; }
-  FASTLM_DEVICE uint32_t sum_full(int of_two) const { return ds_full() + 8 * (3 + of_two); }  // by the step's parity
+  FASTLM_DEVICE uint32_t sum_full(int slot) const { return ds_full() + 8 * (2 + slot); }
+  FASTLM_DEVICE uint32_t sum_empty(int slot) const { return sum_full(kSums + slot); }
 };
 
 }  // namespace fastlm::cuda::sm90_backward

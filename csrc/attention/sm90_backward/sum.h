@@ -9,10 +9,10 @@
 
 namespace fastlm::cuda::sm90_backward {
 
-// By two threads that take the steps in turns, since until a sum is complete in memory and the turn is passed on more time
-// may go by than a step takes. The next in turn is another bulk copy, behind a proxy of its own: hence the fences on both sides.
+// By kSums threads that take the steps in turns, each from its own place: until a sum is complete in memory and the turn is
+// passed on, more time may go by than a step takes. The next in turn is another bulk copy, behind a proxy of its own: hence the fences on both sides.
 template <class S>
-FASTLM_DEVICE void add_sums(const S& s, const Task& task, const OnePassWorkspace& w, const int* tickets, int of_two) {
+FASTLM_DEVICE void add_sums(const S& s, const Task& task, const OnePassWorkspace& w, const int* tickets, int own) {
   int step = 0;
   for (int n = 0;; n++) {
     const int slot = n % S::kKeyStages;
@@ -23,7 +23,7 @@ FASTLM_DEVICE void add_sums(const S& s, const Task& task, const OnePassWorkspace
     const Work<S::kQueries> work(task, ticket);
 #pragma unroll 1
     for (Step now = work.first(); work.has(now); now = work.after(now), step++) {
-      if (step % 2 != of_two) continue;
+      if (step % kSums != own) continue;
       const int sum = work.sum_of(task, now);
       const uint32_t turn = work.turn_of(task, now);
       if (turn > 0) {  // as a rule it has come before this one's part is there
@@ -31,12 +31,12 @@ FASTLM_DEVICE void add_sums(const S& s, const Task& task, const OnePassWorkspace
         }
         ptx::fence_proxy_async_global();
       }
-      ptx::mbarrier_wait(s.sum_full(of_two), step / 2 % 2);
-      if (turn == 0) ptx::bulk_store(w.dq + int64_t{sum} * kSum, s.sum(), kSumBytes);
-      else ptx::bulk_reduce_add_f32(w.dq + int64_t{sum} * kSum, s.sum(), kSumBytes);
+      ptx::mbarrier_wait(s.sum_full(own), step / kSums % 2);
+      if (turn == 0) ptx::bulk_store(w.dq + int64_t{sum} * kSum, s.sum(own), kSumBytes);
+      else ptx::bulk_reduce_add_f32(w.dq + int64_t{sum} * kSum, s.sum(own), kSumBytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(s.sum_empty());
+      ptx::mbarrier_arrive(s.sum_empty(own));
       ptx::bulk_wait<0>();
       ptx::fence_proxy_async_global();
       ptx::store_release(w.turns + sum, turn + 1);
