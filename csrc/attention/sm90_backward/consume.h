@@ -1,9 +1,11 @@
 // A warpgroup that multiplies: 64 keys, whose dk and dv it keeps in registers, and half of the block's dq.
 //
-// A product runs while its warpgroup works on another's result: dP^T beside the weights, dV beside dS, the next step's S^T
-// while dq is on its way. Else the tensor cores are the other warpgroup's. The two meet once a step: dQ takes the dS of
+// Products run while their warpgroup works on another's result: dV beside dS, the next step's S^T and dP^T while dq is on
+// its way and beside the weights. Else the tensor cores are the other warpgroup's. The two meet once a step: dQ takes the dS of
 // both, after dK, which takes this one's own.
 #pragma once
+#include <type_traits>
+
 #include "attention/sm90_backward/load.h"
 #include "attention/sm90_backward/multiply.h"
 #include "attention/sm90_backward/work.h"
@@ -96,50 +98,54 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
     const Work<kQueries> work(task, ticket);
     const uint32_t k = s.k(slot), v = s.v(slot);
     float dk[S::kWidth / 2] = {}, dv[S::kWidth / 2] = {};
-    int left = work.steps(), row = work.first_row;
+    int left = work.steps(), row = work.high_row;
     const int key0 = work.key0 + first_key;
+    auto key = [&] { return static_cast<int>(ptx::opaque(work.key0 + warp_key + lane / 4)); };  // this lane's first one
     // Its part of dQ: 64 of the queries, or of the columns, whichever there are 128 of.
     const uint32_t dq_rows = s.ds() + (S::kHalves == 1 ? group * kKeys * kRowBytes : 0);
     const uint32_t dq_columns = k + (S::kHalves == 1 ? 0 : group * kKeys * kRowBytes);
     // The first rows of the blocks of queries that see all of these keys.
     const bool past_end = key0 + kGroupKeys > task.span.column_end;
-    const int seen_from = past_end ? work.row_stop : key0 + kGroupKeys - task.span.diagonal - task.span.right - 1;
+    const int seen_from = past_end ? work.high_row + 1 : key0 + kGroupKeys - task.span.diagonal - task.span.right - 1;
     const int seen_to = key0 - task.span.diagonal + task.span.left + 1 - kQueries;
     if (left > 0) {
-      float score[kQueries / 2];
+      float score[kQueries / 2], gradient[kQueries / 2];
       auto begin_scores = [&](int i) {
-        const int stage = i % kStages;
-        ptx::mbarrier_wait(s.q_full(stage), i / kStages % 2);
+        ptx::mbarrier_wait(s.q_full(i % kStages), i / kStages % 2);
         ptx::forget(score);
         ptx::wgmma_fence();
-        rows_by_rows<S>(score, k + first_key * kRowBytes, s.q(stage));
+        rows_by_rows<S>(score, k + first_key * kRowBytes, s.q(i % kStages));
         ptx::wgmma_commit();
       };
-      begin_scores(step);
-      ptx::wgmma_wait<0>();
-      ptx::arrived(score);
-#pragma unroll 1
-      while (true) {
-        const int stage = step % kStages;
-        const float* const lse = statistics + stage * 2 * kQueries + 2 * (lane % 4);
-        float gradient[kQueries / 2];
-        ptx::mbarrier_wait(s.dout_full(stage), step / kStages % 2);
+      auto begin_gradients = [&](int i) {
+        ptx::mbarrier_wait(s.dout_full(i % kStages), i / kStages % 2);
+        ptx::forget(gradient);
         ptx::wgmma_fence();
-        rows_by_rows<S>(gradient, v + first_key * kRowBytes, s.dout(stage));
+        rows_by_rows<S>(gradient, v + first_key * kRowBytes, s.dout(i % kStages));
         ptx::wgmma_commit();
+      };
+      const float* lse;
+      bool partly_hidden;
+      auto weigh = [&](int i) {
+        lse = statistics + i % kStages * 2 * kQueries + 2 * (lane % 4);
+        partly_hidden = row < seen_from || row > seen_to;
+        ptx::wgmma_wait<1>();
+        ptx::arrived(score);
         to_weights<S>(score, task.factor, lse);
-        const bool partly_hidden = row < seen_from || row > seen_to;
-        const Lane at{static_cast<int>(ptx::opaque(work.key0 + warp_key + lane / 4)), row + 2 * (lane % 4)};
-        if (partly_hidden) hide<S>(task.span, at, score);
+        if (partly_hidden) hide<S>(task.span, {key(), row + 2 * (lane % 4)}, score);
+        ptx::wgmma_wait<0>();
+        ptx::arrived(gradient);
+      };
+      // From weights and dP^T to what is added to dv, dk and dq. Before the last step the next one's products begin.
+      auto add = [&](auto is_last) {
+        const int stage = step % kStages;
         Weights<S> p, ds;
         pack_all<T>(p, score);
         ptx::wgmma_fence();
-        add_weighted_rows<S>(dv, p, s.dout(stage));  // while dS is computed
+        add_weighted_rows<S>(dv, p, s.dout(stage));
         ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        ptx::arrived(gradient);
         to_gradients<S>(gradient, score, lse + kQueries);
-        if (partly_hidden) hide<S>(task.span, at, gradient);
+        if (partly_hidden) hide<S>(task.span, {key(), row + 2 * (lane % 4)}, gradient);
         pack_all<T>(ds, gradient);
         ptx::mbarrier_wait(s.ds_empty(), step % 2 ^ 1);
         put(s.ds(), kKeys, warp_key, ds);
@@ -157,13 +163,13 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         ptx::wgmma_wait<1>();
         ptx::held(p);
         ptx::held(ds);
-        row = work.row_after(row);
-        left--;
-        // After the last step once more the same, for nothing: products under a branch would be serialised. Until they are
-        // done the stage is not given back.
-        begin_scores(left > 0 ? step + 1 : step);
-        if (left > 0) arrive(s.empty(stage));
-        ptx::wgmma_wait<1>();
+        arrive(s.empty(stage));
+        if constexpr (is_last) {
+          ptx::wgmma_wait<0>();
+        } else {
+          begin_scores(step + 1);
+          ptx::wgmma_wait<1>();
+        }
         ptx::arrived(dq);
         arrive(s.ds_empty());
         const int place = step % kSums;
@@ -172,17 +178,22 @@ FASTLM_DEVICE void consume(const S& s, unsigned char* shared, const Task& task, 
         for (int i = 0; i < 8; i++) {
           *reinterpret_cast<float4*>(sum + place * kSum + 512 * i) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
         }
+        if constexpr (!is_last) begin_gradients(step + 1);
         ptx::fence_proxy_async();
         __syncwarp();
         arrive(s.sum_full(place));
-        ptx::wgmma_wait<0>();
-        ptx::arrived(score);
         step++;
-        if (left == 0) {
-          arrive(s.empty(stage));
-          break;
-        }
+      };
+      begin_scores(step);
+      begin_gradients(step);
+      weigh(step);
+#pragma unroll 1
+      for (; left > 1; left--) {
+        add(std::false_type());
+        row = work.row_after(row);
+        weigh(step);
       }
+      add(std::true_type());
     }
     ptx::arrived(dk);
     ptx::arrived(dv);

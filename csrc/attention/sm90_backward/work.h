@@ -28,7 +28,7 @@ struct Step {
 template <int kQueries>
 struct Work {
   int batch, kv_head, key0;
-  int first_row, row_stop;  // of the rows that see the keys; first_row is a whole block's. row_stop is 0 if there are none
+  int low_row, high_row;  // the first rows of the lowest and of the highest block of queries that sees the keys
   int first_head, head_stop;
 
   FASTLM_DEVICE Work(const Task& task, int ticket) {
@@ -40,16 +40,16 @@ struct Work {
     kv_head = pair - batch * task.kv_heads;
     const Span keys = task.span.transposed();
     const int low = keys.low(key0), stop = keys.high(keys.last(key0 + kKeys));
-    first_row = low / kQueries * kQueries;
-    row_stop = stop > low ? stop : 0;
+    low_row = low / kQueries * kQueries;
+    high_row = (stop - 1) / kQueries * kQueries;
     head_stop = (kv_head + 1) * task.shared_by;
     first_head = stop > low ? head_stop - task.shared_by : head_stop;
   }
-  FASTLM_DEVICE Step first() const { return {first_head, first_row}; }
+  FASTLM_DEVICE Step first() const { return {first_head, high_row}; }
   FASTLM_DEVICE bool has(Step s) const { return s.head < head_stop; }
-  FASTLM_DEVICE int row_after(int row) const { return row + kQueries < row_stop ? row + kQueries : first_row; }
-  FASTLM_DEVICE Step after(Step s) const { return {s.row + kQueries < row_stop ? s.head : s.head + 1, row_after(s.row)}; }
-  FASTLM_DEVICE int steps() const { return (head_stop - first_head) * ((row_stop - first_row + kQueries - 1) / kQueries); }
+  FASTLM_DEVICE int row_after(int row) const { return row > low_row ? row - kQueries : high_row; }
+  FASTLM_DEVICE Step after(Step s) const { return {s.row > low_row ? s.head : s.head + 1, row_after(s.row)}; }
+  FASTLM_DEVICE int steps() const { return (head_stop - first_head) * ((high_row - low_row) / kQueries + 1); }
   // The number of the step's block of dq.
   FASTLM_DEVICE int sum_of(const Task& task, Step s) const {
     return (batch * task.query_blocks + s.row / kQueries) * task.heads + s.head;
