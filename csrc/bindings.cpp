@@ -96,43 +96,44 @@ void activation_forward(Address pre, Address bias, Address hidden, int64_t rows,
 }
 
 void activation_backward(Address pre, Address dhidden, Address dpre, Address hidden, Address dbias, Address workspace,
-                         int64_t rows, int64_t cols, int act, int type) {
+                         int64_t rows, int64_t cols, int act, int type, int dbias_type) {
   const ActivationBackward p{at<void>(pre),   at<void>(dhidden),    at<void>(dpre), at<void>(hidden),
                              at<void>(dbias), at<float>(workspace), rows,           cols,
-                             activation(act), dtype(type)};
+                             activation(act), dtype(type),          dtype(dbias_type)};
   py::gil_scoped_release release;
   activation_backward_cpu(p);
 }
 
 // Addresses: a, b, bias, scale, out, pre, hidden, dbias. Sizes: m, n, k, the strides of a, b and out. Flags: a transposed,
-// b transposed, accumulate. Codes: kind, activation, type, type of out.
+// b transposed, accumulate. Codes: kind, activation, type, types of out and dbias.
 Gemm gemm_call(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
-               const std::array<int64_t, 4>& code, Address workspace, int sms, bool wgmma) {
+               const std::array<int64_t, 5>& code, Address workspace, int sms, bool wgmma) {
   if (code[0] < 0 || code[0] > 2) throw std::invalid_argument("epilogue code " + std::to_string(code[0]) + "; wanted 0 to 2");
   const Epilogue epilogue{static_cast<EpilogueKind>(code[0]), activation(code[1]), at<void>(address[2]),
                           at<float>(address[3]), at<void>(address[4]), size[5], dtype(code[3]), flag[2],
-                          at<void>(address[5]), at<void>(address[6]), at<void>(address[7])};
+                          at<void>(address[5]), at<void>(address[6]), at<void>(address[7]), dtype(code[4])};
   return {{at<void>(address[0]), size[3], flag[0]}, {at<void>(address[1]), size[4], flag[1]}, size[0], size[1], size[2],
           dtype(code[2]), epilogue, at<float>(workspace), sms, wgmma};
 }
 
 int64_t gemm_workspace(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size,
-                       const std::array<bool, 3>& flag, const std::array<int64_t, 4>& code, int sms, bool wgmma) {
+                       const std::array<bool, 3>& flag, const std::array<int64_t, 5>& code, int sms, bool wgmma) {
   return gemm_workspace_cuda(gemm_call(address, size, flag, code, 0, sms, wgmma));
 }
 
 void gemm(const std::array<Address, 8>& address, const std::array<int64_t, 6>& size, const std::array<bool, 3>& flag,
-          const std::array<int64_t, 4>& code, Address workspace, int sms, bool wgmma, Address stream) {
+          const std::array<int64_t, 5>& code, Address workspace, int sms, bool wgmma, Address stream) {
   const Gemm p = gemm_call(address, size, flag, code, workspace, sms, wgmma);
   py::gil_scoped_release release;
   gemm_cuda(p, at<void>(stream));
 }
 
 void activation_backward_on_cuda(Address pre, Address dhidden, Address dpre, Address hidden, Address dbias,
-                                 Address workspace, int64_t rows, int64_t cols, int act, int type, Address stream) {
+                                 Address workspace, int64_t rows, int64_t cols, int act, int type, int dbias_type,
+                                 Address stream) {
   const ActivationBackward p{at<void>(pre),   at<void>(dhidden),    at<void>(dpre), at<void>(hidden),
                              at<void>(dbias), at<float>(workspace), rows,           cols,
-                             activation(act), dtype(type)};
+                             activation(act), dtype(type),          dtype(dbias_type)};
   py::gil_scoped_release release;
   activation_backward_cuda(p, at<void>(stream));
 }
@@ -392,8 +393,8 @@ void cache_append_on_cuda(const std::array<Address, 5>& address, const std::arra
 }
 
 void column_sums_on_cuda(Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride, int type,
-                         Address stream) {
-  const ColumnSums p{at<void>(x), at<void>(sums), at<float>(workspace), rows, cols, stride, dtype(type)};
+                         int sums_type, Address stream) {
+  const ColumnSums p{at<void>(x), at<void>(sums), at<float>(workspace), rows, cols, stride, dtype(type), dtype(sums_type)};
   py::gil_scoped_release release;
   column_sums_cuda(p, at<void>(stream));
 }

@@ -24,7 +24,7 @@ def test_column_sums(on: str, dtype: torch.dtype, rows: int, cols: int, stride: 
     x = torch.randn(rows, stride, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :cols]
     x = x.cuda() if on == "cuda" else x
     with emulator.emulated() if on == "emulator" else nullcontext():
-        got = column_sums(x)
+        got = column_sums(x, dtype)
     assert got.dtype == dtype
     scale = x.double().abs().sum(0)
     unit = torch.finfo(dtype).eps * (x.double().sum(0).abs() + 1e-6 * scale) + 1e-6 * scale

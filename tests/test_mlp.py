@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm.ops import linear_act, mlp
+from fastlm.ops import linear, linear_act, mlp, products
 from fastlm.ops.mlp import reference
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 
@@ -81,7 +81,8 @@ def test_frozen_weights_save_matrix_products() -> None:
     x, fc_weight, _, proj_weight, _ = inputs("gelu_tanh")
     needs = [True, False, False, False, False]
     with FlopCounterMode(display=False) as counter:
-        reference.mlp_backward(torch.ones(6, 5), x, fc_weight, proj_weight, torch.ones(6, 12), "gelu_tanh", needs)
+        pre, options = torch.ones(6, 12), ("gelu_tanh", needs, torch.float32)
+        reference.mlp_backward(torch.ones(6, 5), x, fc_weight, proj_weight, pre, *options)
     assert counter.get_total_flops() == 2 * 6 * 12 * (5 + 8)
 
 
@@ -121,8 +122,25 @@ def test_autocast(activation: str) -> None:
     low = [t.detach().bfloat16().requires_grad_() for t in leaves]
     plain = mlp(*low, activation=activation)
     assert torch.equal(y, plain)
-    for got, wanted in zip(gradients, torch.autograd.grad(plain, low, upstream.bfloat16()), strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, wanted.float())
+    for got, rounded in zip(gradients, torch.autograd.grad(plain, low, upstream.bfloat16()), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got.bfloat16(), rounded)
+
+
+@pytest.mark.skipif(not products.widens(torch.bfloat16), reason="here bfloat16's products are the library's")
+def test_autocast_rounds_no_gradient() -> None:
+    """The gradients of float32 weights and biases are sums in float32 of bfloat16's exact products."""
+    make = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(32, n, generator=make).bfloat16() for n in (16, 24))
+    weight, bias = (
+        torch.randn(24, 16, generator=make).requires_grad_(),
+        torch.randn(24, generator=make).requires_grad_(),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = linear(x, weight, bias), mlp(x, torch.eye(16), None, weight, bias, activation="relu")
+    for y, seen in zip(results, (x, x.relu()), strict=True):
+        dweight, dbias = torch.autograd.grad(y, (weight, bias), dy)
+        torch.testing.assert_close(dweight.double(), dy.double().T @ seen.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_leaves_float64_alone() -> None:
@@ -149,8 +167,9 @@ def test_opcheck(activation: str, bias: bool) -> None:
     hidden, pre = ops.linear_act_forward(x, fc_weight, fc_bias, activation, True, backend)
     dy = torch.randn(6, 5)
     for needs in ([True] * 5, [True, False, True, False, False], [False, False, False, True, True]):
-        torch.library.opcheck(ops.linear_act_backward, (hidden, x, fc_weight, pre, activation, needs[:3], backend))
-        torch.library.opcheck(ops.mlp_backward, (dy, x, fc_weight, proj_weight, pre, activation, needs, backend))
+        options = torch.float32, backend
+        torch.library.opcheck(ops.linear_act_backward, (hidden, x, fc_weight, pre, activation, needs[:3], *options))
+        torch.library.opcheck(ops.mlp_backward, (dy, x, fc_weight, proj_weight, pre, activation, needs, *options))
 
 
 def test_compile_fullgraph() -> None:

@@ -95,7 +95,7 @@ def norm(length):
 def block(length):
     x, fc, proj = make(4, length, 768), make(3072, 768), make(768, 3072)
     y, pre = mlp.mlp_forward(x, fc, None, proj, None, "gelu_tanh", True)
-    mlp.mlp_backward(y, x, fc, proj, pre, "gelu_tanh", [True, True, False, True, False])
+    mlp.mlp_backward(y, x, fc, proj, pre, "gelu_tanh", [True, True, False, True, False], torch.bfloat16)
 
 def wide_norm(length):
     x, weight = make(1, length, 16384), make(16384)

@@ -107,7 +107,7 @@ void gemm_cuda(const Gemm& p, void* stream) {
     });
   }
   if (e.dbias != nullptr && p.n > 0) {
-    run_sum_columns(columns, column_parts(plan, p.m), task.gated ? 2 * cols : cols, e.dbias, p.type, cuda_stream);
+    run_sum_columns(columns, column_parts(plan, p.m), task.gated ? 2 * cols : cols, e.dbias, e.dbias_type, cuda_stream);
   }
 }
 
@@ -133,7 +133,7 @@ void activation_backward_cuda(const ActivationBackward& p, void* stream) {
     with_type(p.type, [&](auto t) { run_finish<decltype(t)>(task, {nullptr, 0, 0, p.dhidden}, cuda_stream); });
   }
   if (p.dbias != nullptr && p.cols > 0) {
-    run_sum_columns(p.workspace, ceil_div(p.rows, kFinishSize), task.gated ? 2 * p.cols : p.cols, p.dbias, p.type, cuda_stream);
+    run_sum_columns(p.workspace, ceil_div(p.rows, kFinishSize), task.gated ? 2 * p.cols : p.cols, p.dbias, p.dbias_type, cuda_stream);
   }
 }
 

@@ -40,12 +40,13 @@ struct Epilogue {
   void* pre;            // (m, columns of pre); written by activate (null: not kept), read by activate_backward
   void* hidden;         // activate_backward: (m, cols); null: not wanted
   void* dbias;          // activate_backward: (columns of pre); null: not wanted
+  DType dbias_type;
 };
 
 struct Gemm {
   Matrix a, b;          // not a transposed and b not
   int64_t m, n, k;
-  DType type;           // of a, b, bias, pre, hidden, dbias, and of out but for out_type
+  DType type;           // of a, b, bias, pre, hidden, and of out but for out_type
   Epilogue epilogue;
   float* workspace;     // gemm_workspace_cuda floats
   int sms;              // multiprocessors of the device

@@ -63,7 +63,7 @@ void column_sums_cuda(const ColumnSums& p, void* stream) {
   if (blocks > 2147483647) throw std::invalid_argument("column_sums: a matrix of " + std::to_string(p.cols) + " columns is too wide");
   launch("column_sums", {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)), dim3(32 * kWarps), 0, s}, sum_rows, p,
          (p.rows + parts - 1) / parts, vector_aligned(p.x, p.stride, static_cast<int64_t>(size_of(p.type))), p.workspace);
-  run_sum_columns(p.workspace, parts, p.cols, p.sums, p.type, s);
+  run_sum_columns(p.workspace, parts, p.cols, p.sums, p.sums_type, s);
 }
 
 }  // namespace fastlm

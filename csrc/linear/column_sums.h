@@ -6,10 +6,10 @@ namespace fastlm {
 
 struct ColumnSums {
   const void* x;       // (rows, cols), rows contiguous
-  void* sums;          // (cols), x's type
+  void* sums;          // (cols)
   float* workspace;    // column_sums_workspace_cuda floats
   int64_t rows, cols, stride;
-  DType type;
+  DType type, sums_type;
 };
 
 int64_t column_sums_workspace_cuda(int64_t rows, int64_t cols);

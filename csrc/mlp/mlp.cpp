@@ -110,7 +110,7 @@ void activation_backward_cpu(const ActivationBackward& p) {
     });
   });
   if (p.dbias == nullptr) return;
-  with_type(p.type, [&](auto t) {
+  with_type(p.dbias_type, [&](auto t) {
     parallel_for(pre_cols, 1 + kGrain / (chunks + 1), [&](int64_t begin, int64_t end) {
       add_chunks(p.workspace, chunks, pre_cols, begin, end, static_cast<decltype(t)*>(p.dbias));
     });

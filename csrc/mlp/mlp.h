@@ -32,7 +32,8 @@ struct ActivationBackward {
   float* workspace;     // activation_backward_workspace(rows, columns of pre) floats; null without dbias
   int64_t rows, cols;
   Activation activation;
-  DType type;
+  DType type;           // of every tensor but dbias
+  DType dbias_type;
 };
 
 void activation_forward_cpu(const ActivationForward& p);

@@ -52,6 +52,13 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors)]
 
 
+def autocast_detached(x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """The same for an autograd.Function that gets the originals too: under autocast without their history."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *tensors]
+    return autocast(x.detach(), *(None if t is None else t.detach() for t in tensors))
+
+
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Inside it, autocast leaves matrix products alone: a raw op computes in the dtypes that it was given."""
     kind = x.device.type

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlm.ops import native
 from fastlm.ops.checks import autocast_off
+from fastlm.ops.gradients import writes_float32
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 _STORE, _ACTIVATE, _ACTIVATE_BACKWARD = 0, 1, 2  # EpilogueKind in csrc/gemm/gemm.h
@@ -44,9 +45,12 @@ def product(
         scale: a float32 scalar on the device.
         accumulate: add to `out`.
     """
-    if scale is None and not accumulate and out.dtype == a.dtype and library_is_faster(a):
+    if scale is None and not accumulate and library_is_faster(a):
         with autocast_off(a):
-            return torch.mm(a, b.T, out=out) if bias is None else torch.addmm(bias, a, b.T, out=out)
+            if out.dtype == a.dtype:
+                return torch.mm(a, b.T, out=out) if bias is None else torch.addmm(bias, a, b.T, out=out)
+            if bias is None and writes_float32(a):
+                return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
     return _run(a, b, _STORE, 0, out, bias=bias, scale=scale, accumulate=accumulate)
 
 
@@ -93,7 +97,7 @@ def _run(
         [pointer(t) for t in tensors],
         [len(a), len(b), a.shape[1], left.stride, right.stride, out.stride(0)],
         [left.transposed, right.transposed, accumulate],
-        [kind, activation, DTYPE_CODE[a.dtype], DTYPE_CODE[out.dtype]],
+        [kind, activation, *(DTYPE_CODE[t.dtype] for t in (a, out, out if dbias is None else dbias))],
     )
     device = native.gemm_device(a)
     size = native.C.gemm_workspace(*call, *device)

@@ -22,7 +22,7 @@ from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stac
 LIBRARY = torch.library.Library("fastlm", "DEF")
 
 # What the arguments of a plain eager call are; a subclass of Tensor wants to see the call itself.
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list}  # lists: of flags
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, float, int, bool, str, list}  # lists: of flags
 
 
 def watched() -> bool:

@@ -72,9 +72,9 @@ def mm(
         torch.addmm(bias, a, b, out=out)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, x (M, K), weight (N, K). Autocast must be off."""
-    out = memory.empty((x.shape[0], weight.shape[0]), x.dtype)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight.T + bias, x (M, K), weight (N, K), in x's dtype, or `dtype`: float32. Autocast must be off."""
+    out = memory.empty((x.shape[0], weight.shape[0]), dtype or x.dtype)
     mm(x, weight.t(), out, bias)
     return out
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks, library, registry
+from fastlm.ops import checks, gradients, library, registry
 from fastlm.ops.linear import cuda, native, reference, triton
 
 
@@ -23,7 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (F), x's dtype, or None.
 
     Returns:
-        (..., F) in x's dtype. Under autocast all three are converted to its dtype first.
+        (..., F) in x's dtype. Under autocast all three are taken in its dtype, and the gradients of weight and bias
+        reach float32 ones unrounded.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
@@ -31,19 +32,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     call = _prepare(x, weight, bias)
     backend = registry.choose("linear", x.device.type, call)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call):
-        return _Linear.apply(*call, backend)
+    tensors = x, weight, bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Linear.apply(*tensors, *gradients.others(tensors, call), backend)
     return _forward(*call, backend)
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
-    """Check the contract; the arguments of the raw op.
+    """Check the contract; the arguments of the raw op (under autocast without their history).
 
     The conditions stand in front of the checks that word the errors, because a call of a check costs as much as a small
     product.
     """
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = checks.autocast(x, weight, bias)
+        x, weight, bias = checks.autocast_detached(x, weight, bias)
     if x.dim() == 0:
         raise ValueError("linear: x must have at least one dimension, got a scalar")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -65,9 +67,14 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
 
 
 class _Linear(torch.autograd.Function):
+    """The gradients go to the first three arguments; after them comes what autocast took instead."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, backend):  # type: ignore[override]
+    def forward(ctx, *arguments):  # type: ignore[override]
+        originals, others, backend = arguments[:3], arguments[3:6], arguments[6]
+        x, weight, bias = gradients.taken_of(originals, others)
         ctx.backend = backend
+        ctx.dtypes, ctx.gradient_dtype = gradients.dtypes_of(*originals), gradients.dtype_of(originals[1], weight)
         ctx.save_for_backward(x, weight)
         return _forward(x, weight, bias, backend)
 
@@ -76,8 +83,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        gradients = _backward(dy, x, weight, needs, ctx.backend)
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None)
+        made = _backward(dy, x, weight, needs, ctx.gradient_dtype, ctx.backend)
+        return (*gradients.given_back(ctx.dtypes, made, needs), None, None, None, None)
 
 
 def _forward_impl(x, weight, bias, backend):
@@ -88,24 +95,25 @@ def _forward_fake(x, weight, bias, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward_impl(dy, x, weight, needs, backend):
-    return registry.implementation("linear", backend).backward(dy, x, weight, needs)
+def _backward_impl(dy, x, weight, needs, dtype, backend):
+    return registry.implementation("linear", backend).backward(dy, x, weight, needs, dtype)
 
 
-def _backward_fake(dy, x, weight, needs, backend):
+def _backward_fake(dy, x, weight, needs, dtype, backend):
     return (
         x.new_empty(x.shape if needs[0] else 0),
-        x.new_empty(weight.shape if needs[1] else 0),
-        x.new_empty(weight.shape[0] if needs[2] else 0),
+        x.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        x.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
     )
 
 
 _forward = library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _forward_impl, _forward_fake
 )
-# dx, dweight, dbias; each empty where its element of `needs` is false
+# dx, and in `dtype` (x's or float32) dweight and dbias; each empty where its element of `needs` is false
 _backward = library.define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs, ScalarType dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlm.ops import native
 from fastlm.ops.checks import autocast_off
+from fastlm.ops.gradients import weight_gradient
 from fastlm.ops.linear.native import unsupported
 from fastlm.ops.native import DTYPE_CODE
 
@@ -20,20 +21,23 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     dys, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     with autocast_off(x):
         dx = torch.mm(dys, weight).view(x.shape) if needs[0] else dy.new_empty(0)
-        dweight = torch.mm(dys.t(), rows) if needs[1] else dy.new_empty(0)
-    return dx, dweight, column_sums(dys) if needs[2] else dy.new_empty(0)
+        dweight = weight_gradient(dys, rows, dtype) if needs[1] else dy.new_empty(0, dtype=dtype)
+    return dx, dweight, column_sums(dys, dtype) if needs[2] else dy.new_empty(0, dtype=dtype)
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """x (M, N) summed over its rows, in float32 in an order that depends on the sizes alone: (N), x's dtype."""
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (M, N) summed over its rows, in float32 in an order that depends on the sizes alone: (N), in `dtype`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, cols = x.shape
-    sums = x.new_empty(cols)
+    sums = x.new_empty(cols, dtype=dtype)
     workspace = x.new_empty(native.C.column_sums_workspace_cuda(rows, cols), dtype=torch.float32)
     pointers = x.data_ptr(), sums.data_ptr(), workspace.data_ptr()
-    native.C.column_sums_cuda(*pointers, rows, cols, x.stride(0), DTYPE_CODE[x.dtype], native.stream(x))
+    types = DTYPE_CODE[x.dtype], DTYPE_CODE[dtype]
+    native.C.column_sums_cuda(*pointers, rows, cols, x.stride(0), *types, native.stream(x))
     return sums

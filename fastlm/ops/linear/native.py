@@ -27,18 +27,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x.reshape(-1, depth), weight, bias).view(*x.shape[:-1], width)
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     dys, xs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    none = dy.new_empty(0) if not all(needs) else None
     with autocast_off(x):
-        dx = _product(dys, weight.t()).view(x.shape) if needs[0] else none
-        dweight = _product(dys.t(), xs.t()) if needs[1] else none
-        dbias = dys.sum(0) if needs[2] else none
-    return dx, dweight, dbias  # type: ignore[return-value]
+        dx = _product(dys, weight.t()).view(x.shape) if needs[0] else dy.new_empty(0)
+        dweight = _product(dys.t(), xs.t(), dtype=dtype) if needs[1] else dy.new_empty(0, dtype=dtype)
+        dbias = dys.sum(0, dtype=dtype) if needs[2] else dy.new_empty(0, dtype=dtype)
+    return dx, dweight, dbias
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias by the library; x (N, C), weight (F, C)."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight.T + bias by the library, in x's dtype or `dtype`; x (N, C), weight (F, C)."""
     if x.is_cpu:
-        return products.linear(x, weight, bias)
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return products.linear(x, weight, bias, dtype)
+    product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return product if dtype is None else product.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias).contiguous()
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     with autocast_off(x):
-        return linear_backward(dy, x, weight, needs)
+        return linear_backward(dy, x, weight, needs, dtype)

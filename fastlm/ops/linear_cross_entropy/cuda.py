@@ -100,6 +100,8 @@ class _Work:
         stride = -(-vocab // _COLUMNS) * _COLUMNS
         step = block_rows(count, stride * self.rows.element_size())
         buffer = self.rows.new_empty(min(step, count), stride)
+        if stride > vocab:
+            buffer[:, vocab:].zero_()  # read with the last logits, in whole vectors
         with autocast_off(self.rows):
             for start in range(0, count, step):
                 block = slice(start, min(start + step, count))
@@ -128,12 +130,9 @@ class _Work:
     def _add(self, block: slice, dlogits: Tensor, scale: Tensor | None) -> None:
         if self.needs_dx:
             dx = self.dx.view(self.rows.shape)[block]
-            if self.library:
-                dx.copy_(dlogits @ self.weight)
-                if scale is not None:
-                    dx.mul_(scale)
-            else:
-                gemm.product(dlogits, self.weight.T, dx, scale=scale)
+            gemm.product(dlogits, self.weight.T, dx, scale=None if self.library else scale)
+            if self.library and scale is not None:
+                dx.mul_(scale)
         if self.needs_dweight:
             more = block.start > 0
             gemm.product(dlogits.T, self.rows[block].T, self.dweight, scale=scale, accumulate=more)

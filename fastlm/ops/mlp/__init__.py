@@ -12,7 +12,7 @@ import difflib
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks, library, registry
+from fastlm.ops import checks, gradients, library, registry
 from fastlm.ops.mlp import cuda, native, reference, triton
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 
@@ -30,7 +30,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
     Returns:
         (..., F) in x's dtype. Products are in x's dtype, elementwise arithmetic in float32. Under autocast all inputs
-        are taken in the autocast dtype. For the backward pass only x and the pre-activation are kept.
+        are taken in the autocast dtype, and gradients reach float32 weights and biases unrounded. For the backward pass
+        only x and the pre-activation are kept.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or there is no such activation.
@@ -38,8 +39,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     """
     call = _prepare_linear_act(x, weight, bias, activation=activation)
     backend = registry.choose("linear_act", x.device.type, call)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:3]):
-        return _LinearAct.apply(*call, backend)
+    tensors = x, weight, bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _LinearAct.apply(*tensors, *gradients.others(tensors, call[:3]), activation, backend)
     return _linear_act_forward(*call, False, backend)[0]
 
 
@@ -68,8 +70,9 @@ def mlp(
     """
     call = _prepare_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
     backend = registry.choose("mlp", x.device.type, call)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:5]):
-        return _MLP.apply(*call, backend)
+    tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _MLP.apply(*tensors, *gradients.others(tensors, call[:5]), activation, backend)
     return _mlp_forward(*call, False, backend)[0]
 
 
@@ -105,9 +108,9 @@ def _check_activation(op: str, activation: str) -> bool:
 
 
 def _prepare_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str) -> tuple:
-    """Check the contract; the arguments of the raw op."""
+    """Check the contract; the arguments of the raw op (under autocast without their history)."""
     gated = _check_activation("linear_act", activation)
-    x, weight, bias = checks.autocast(x, weight, bias)
+    x, weight, bias = checks.autocast_detached(x, weight, bias)
     _check_linear("linear_act", x, weight, bias, "", gated)
     return x, weight, bias, activation
 
@@ -122,7 +125,8 @@ def _prepare_mlp(
     activation: str = "gelu_tanh",
 ) -> tuple:
     gated = _check_activation("mlp", activation)
-    x, fc_weight, fc_bias, proj_weight, proj_bias = checks.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    tensors = checks.autocast_detached(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    x, fc_weight, fc_bias, proj_weight, proj_bias = tensors
     _check_linear("mlp", x, fc_weight, fc_bias, "fc_", gated)
     hidden = fc_weight.shape[0] // 2 if gated else fc_weight.shape[0]
     if proj_weight.dim() != 2 or proj_weight.shape[1] != hidden:
@@ -140,15 +144,16 @@ def _prepare_mlp(
     return x, fc_weight, fc_bias, proj_weight, proj_bias, activation
 
 
-def _asked(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
-    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
-
-
 class _LinearAct(torch.autograd.Function):
+    """The gradients go to the first three arguments; after them comes what autocast took instead."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, backend):  # type: ignore[override]
+    def forward(ctx, *arguments):  # type: ignore[override]
+        originals, others, (activation, backend) = arguments[:3], arguments[3:6], arguments[6:]
+        x, weight, bias = gradients.taken_of(originals, others)
         y, pre = _linear_act_forward(x, weight, bias, activation, True, backend)
         ctx.activation, ctx.backend = activation, backend
+        ctx.dtypes, ctx.gradient_dtype = gradients.dtypes_of(*originals), gradients.dtype_of(originals[1], weight)
         ctx.save_for_backward(x, weight, pre)
         return y
 
@@ -157,15 +162,22 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        gradients = _linear_act_backward(dy, x, weight, pre, ctx.activation, needs, ctx.backend)
-        return (*_asked(gradients, needs), None, None)
+        options = ctx.activation, needs, ctx.gradient_dtype, ctx.backend
+        made = _linear_act_backward(dy, x, weight, pre, *options)
+        return (*gradients.given_back(ctx.dtypes, made, needs), *[None] * 5)
 
 
 class _MLP(torch.autograd.Function):
+    """As _LinearAct, of five."""
+
     @staticmethod
-    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, backend):  # type: ignore[override]
-        y, pre = _mlp_forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, True, backend)
+    def forward(ctx, *arguments):  # type: ignore[override]
+        originals, others, (activation, backend) = arguments[:5], arguments[5:10], arguments[10:]
+        tensors = gradients.taken_of(originals, others)
+        y, pre = _mlp_forward(*tensors, activation, True, backend)
+        x, fc_weight, _, proj_weight, _ = tensors
         ctx.activation, ctx.backend = activation, backend
+        ctx.dtypes, ctx.gradient_dtype = gradients.dtypes_of(*originals), gradients.dtype_of(originals[1], fc_weight)
         ctx.save_for_backward(x, fc_weight, proj_weight, pre)
         return y
 
@@ -174,8 +186,9 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, fc_weight, proj_weight, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        gradients = _mlp_backward(dy, x, fc_weight, proj_weight, pre, ctx.activation, needs, ctx.backend)
-        return (*_asked(gradients, needs), None, None)
+        options = ctx.activation, needs, ctx.gradient_dtype, ctx.backend
+        made = _mlp_backward(dy, x, fc_weight, proj_weight, pre, *options)
+        return (*gradients.given_back(ctx.dtypes, made, needs), *[None] * 7)
 
 
 def _linear_act_forward_impl(x, weight, bias, activation, keep, backend):
@@ -189,16 +202,16 @@ def _linear_act_forward_fake(x, weight, bias, activation, keep, backend):
     return y, x.new_empty((*leading, rows) if keep else (0,))
 
 
-def _linear_act_backward_impl(dy, x, weight, pre, activation, needs, backend):
+def _linear_act_backward_impl(dy, x, weight, pre, activation, needs, dtype, backend):
     implementation = registry.implementation("linear_act", backend)
-    return implementation.linear_act_backward(dy, x, weight, pre, activation, needs)
+    return implementation.linear_act_backward(dy, x, weight, pre, activation, needs, dtype)
 
 
-def _linear_act_backward_fake(dy, x, weight, pre, activation, needs, backend):
+def _linear_act_backward_fake(dy, x, weight, pre, activation, needs, dtype, backend):
     return (
         x.new_empty(x.shape if needs[0] else 0),
-        x.new_empty(weight.shape if needs[1] else 0),
-        x.new_empty(weight.shape[0] if needs[2] else 0),
+        x.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        x.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
     )
 
 
@@ -213,18 +226,18 @@ def _mlp_forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation,
     return x.new_empty((*leading, proj_weight.shape[0])), pre
 
 
-def _mlp_backward_impl(dy, x, fc_weight, proj_weight, pre, activation, needs, backend):
+def _mlp_backward_impl(dy, x, fc_weight, proj_weight, pre, activation, needs, dtype, backend):
     implementation = registry.implementation("mlp", backend)
-    return implementation.mlp_backward(dy, x, fc_weight, proj_weight, pre, activation, needs)
+    return implementation.mlp_backward(dy, x, fc_weight, proj_weight, pre, activation, needs, dtype)
 
 
-def _mlp_backward_fake(dy, x, fc_weight, proj_weight, pre, activation, needs, backend):
+def _mlp_backward_fake(dy, x, fc_weight, proj_weight, pre, activation, needs, dtype, backend):
     return (
         x.new_empty(x.shape if needs[0] else 0),
-        x.new_empty(fc_weight.shape if needs[1] else 0),
-        x.new_empty(fc_weight.shape[0] if needs[2] else 0),
-        x.new_empty(proj_weight.shape if needs[3] else 0),
-        x.new_empty(proj_weight.shape[0] if needs[4] else 0),
+        x.new_empty(fc_weight.shape if needs[1] else 0, dtype=dtype),
+        x.new_empty(fc_weight.shape[0] if needs[2] else 0, dtype=dtype),
+        x.new_empty(proj_weight.shape if needs[3] else 0, dtype=dtype),
+        x.new_empty(proj_weight.shape[0] if needs[4] else 0, dtype=dtype),
     )
 
 
@@ -235,10 +248,10 @@ _linear_act_forward = library.define(
     _linear_act_forward_impl,
     _linear_act_forward_fake,
 )
-# dx, dweight, dbias; each empty where its element of `needs` is false
+# dx, and in `dtype` (x's or float32) dweight and dbias; each empty where its element of `needs` is false
 _linear_act_backward = library.define(
-    "linear_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "linear_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] needs,"
+    " ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor)",
     _linear_act_backward_impl,
     _linear_act_backward_fake,
 )
@@ -249,10 +262,10 @@ _mlp_forward = library.define(
     _mlp_forward_impl,
     _mlp_forward_fake,
 )
-# dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias; each empty where its element of `needs` is false
+# dx, and in `dtype` (x's or float32) those of weights and biases; each empty where its element of `needs` is false
 _mlp_backward = library.define(
     "mlp_backward(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight, Tensor pre, str activation, bool[] needs,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward_impl,
     _mlp_backward_fake,
 )

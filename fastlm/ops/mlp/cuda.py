@@ -53,12 +53,12 @@ def mlp_forward(
 
 
 def linear_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = len(weight)
     dys = dy.reshape(-1, dy.shape[-1]).contiguous()  # (N, F)
     dpre = pre.new_empty(len(dys), wide)
-    dbias = weight.new_empty(wide if needs[2] else 0)
+    dbias = weight.new_empty(wide if needs[2] else 0, dtype=dtype)
     size = native.C.activation_backward_workspace_cuda(len(dys), wide) if needs[2] else 0
     workspace = pre.new_empty(size, dtype=torch.float32)
     native.C.activation_backward_cuda(
@@ -71,9 +71,10 @@ def linear_act_backward(
         *dys.shape,
         CODE[activation],
         DTYPE_CODE[pre.dtype],
+        DTYPE_CODE[dtype],
         native.stream(pre),
     )
-    return (*_linear_gradients(dpre, x, weight, needs), dbias)
+    return (*_linear_gradients(dpre, x, weight, needs, dtype), dbias)
 
 
 def mlp_backward(
@@ -84,27 +85,30 @@ def mlp_backward(
     pre: Tensor,
     activation: str,
     needs: list[bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dys = dy.reshape(-1, dy.shape[-1])  # (N, C_out)
     dpre = pre.new_empty(len(dys), len(fc_weight))
     hidden = pre.new_empty(len(dys), proj_weight.shape[1]) if needs[3] else None
-    dfc_bias = fc_weight.new_empty(len(fc_weight) if needs[2] else 0)
+    dfc_bias = fc_weight.new_empty(len(fc_weight) if needs[2] else 0, dtype=dtype)
     gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
-    dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0)
+    dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0, dtype=dtype)
     if hidden is not None:
         gemm.product(dys.T, hidden.T, dproj_weight)
         del hidden
-    dproj_bias = column_sums(dys) if needs[4] else dy.new_empty(0)
-    return (*_linear_gradients(dpre, x, fc_weight, needs), dfc_bias, dproj_weight, dproj_bias)
+    dproj_bias = column_sums(dys, dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
+    return (*_linear_gradients(dpre, x, fc_weight, needs, dtype), dfc_bias, dproj_weight, dproj_bias)
 
 
-def _linear_gradients(dpre: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """dx and dweight of pre = x @ weight.T + bias; empty where nobody asks."""
+def _linear_gradients(
+    dpre: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx, and in `dtype` dweight, of pre = x @ weight.T + bias; empty where nobody asks."""
     rows = x.reshape(-1, x.shape[-1])
     dx = x.new_empty(x.shape if needs[0] else 0)
     if needs[0]:
         gemm.product(dpre, weight.T, dx.view(rows.shape))
-    dweight = weight.new_empty(weight.shape if needs[1] else 0)
+    dweight = weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype)
     if needs[1]:
         gemm.product(dpre.T, rows.T, dweight)
     return dx, dweight

@@ -80,16 +80,16 @@ def mlp_forward(
 
 
 def linear_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     dys, pres = dy.reshape(-1, dy.shape[-1]), pre.view(-1, weight.shape[0])
     blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
-    gradients = _LinearGradients(x, weight, needs, len(blocks))
+    gradients = _LinearGradients(x, weight, needs, len(blocks), dtype)
     dpres = _scratch(blocks, pres.shape[1], pre.dtype)
     with autocast_off(x):
         for block in blocks:
             dpre, dy_part = _part(dpres, block), _part(dys, block).contiguous()
-            dbias = _activate_backward(_part(pres, block), dy_part, dpre, None, activation, needs[2])
+            dbias = _activate_backward(_part(pres, block), dy_part, dpre, None, activation, needs[2], dtype)
             gradients.add(block, dpre, dbias)
     return gradients.dx, gradients.dweight.result(), gradients.dbias()
 
@@ -102,11 +102,12 @@ def mlp_backward(
     pre: Tensor,
     activation: str,
     needs: list[bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dys, pres = dy.reshape(-1, dy.shape[-1]), pre.view(-1, fc_weight.shape[0])
     blocks = _blocks(len(pres), pres.shape[1] * pre.element_size())
-    fc = _LinearGradients(x, fc_weight, needs[:3], len(blocks))
-    dproj_weight = _Sum(proj_weight, needs[3], len(blocks))
+    fc = _LinearGradients(x, fc_weight, needs[:3], len(blocks), dtype)
+    dproj_weight = _Sum(proj_weight, needs[3], len(blocks), dtype)
     narrow = proj_weight.shape[1]
     dhiddens, hiddens = _scratch(blocks, narrow, pre.dtype), _scratch(blocks, narrow, pre.dtype)
     dpres = _scratch(blocks, pres.shape[1], pre.dtype) if activation in GATED else dhiddens
@@ -115,10 +116,11 @@ def mlp_backward(
             dhidden, hidden, dpre = _part(dhiddens, block), _part(hiddens, block), _part(dpres, block)
             dy_part, pre_part = _part(dys, block), _part(pres, block)
             products.mm(dy_part, proj_weight, dhidden)
-            dbias = _activate_backward(pre_part, dhidden, dpre, hidden if needs[3] else None, activation, needs[2])
+            kept = hidden if needs[3] else None
+            dbias = _activate_backward(pre_part, dhidden, dpre, kept, activation, needs[2], dtype)
             dproj_weight.add(dy_part, hidden)
             fc.add(block, dpre, dbias)
-    dproj_bias = dys.sum(0) if needs[4] else dy.new_empty(0)
+    dproj_bias = dys.sum(0, dtype=dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
     return fc.dx, fc.dweight.result(), fc.dbias(), dproj_weight.result(), dproj_bias
 
 
@@ -171,13 +173,19 @@ def _activate(rows: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, hi
 
 
 def _activate_backward(
-    pre: Tensor, dhidden: Tensor, dpre: Tensor, hidden: Tensor | None, activation: str, needs_dbias: bool
+    pre: Tensor,
+    dhidden: Tensor,
+    dpre: Tensor,
+    hidden: Tensor | None,
+    activation: str,
+    needs_dbias: bool,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """dpre from dhidden, and into `hidden` the activation once more; the result is dbias."""
+    """dpre from dhidden, and into `hidden` the activation once more; the result is dbias in `dtype`."""
     rows, width = pre.shape
     dbias = workspace = None
     if needs_dbias:
-        dbias = pre.new_empty(width)
+        dbias = pre.new_empty(width, dtype=dtype)
         workspace = pre.new_empty(native.C.activation_backward_workspace(rows, width), dtype=torch.float32)
     native.C.activation_backward(
         pre.data_ptr(),
@@ -189,6 +197,7 @@ def _activate_backward(
         *dhidden.shape,
         CODE[activation],
         DTYPE_CODE[pre.dtype],
+        DTYPE_CODE[dtype],
     )
     return dbias
 
@@ -196,10 +205,9 @@ def _activate_backward(
 class _Sum:
     """The sum over the blocks of a.T @ b: written at once where there is one block, else kept in float32."""
 
-    def __init__(self, like: Tensor, wanted: bool, blocks: int) -> None:
-        self.wanted, self.first, self.dtype = wanted, True, like.dtype
-        dtype = like.dtype if blocks == 1 else torch.float32
-        self.total = memory.empty(like.shape if wanted else (0,), dtype)
+    def __init__(self, like: Tensor, wanted: bool, blocks: int, dtype: torch.dtype) -> None:
+        self.wanted, self.first, self.dtype = wanted, True, dtype
+        self.total = memory.empty(like.shape if wanted else (0,), dtype if blocks == 1 else torch.float32)
         if not blocks:
             self.total.zero_()
 
@@ -214,13 +222,14 @@ class _Sum:
 
 
 class _LinearGradients:
-    """dx, dweight and dbias of pre = x @ weight.T + bias, from the blocks of dpre; empty where nobody asks."""
+    """dx, and in `dtype` dweight and dbias, of pre = x @ weight.T + bias, from the blocks of dpre; empty where nobody
+    asks."""
 
-    def __init__(self, x: Tensor, weight: Tensor, needs: list[bool], blocks: int) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, needs: list[bool], blocks: int, dtype: torch.dtype) -> None:
         self.needs_dx, _, self.needs_dbias = needs
         self.x, self.weight = x.reshape(-1, x.shape[-1]), weight
         self.dx = memory.empty(x.shape if self.needs_dx else (0,), x.dtype)
-        self.dweight = _Sum(weight, needs[1], blocks)
+        self.dweight, self.dtype = _Sum(weight, needs[1], blocks, dtype), dtype
         self.dbiases: list[Tensor] = []
 
     def add(self, block: slice, dpre: Tensor, dbias: Tensor | None) -> None:
@@ -232,10 +241,10 @@ class _LinearGradients:
 
     def dbias(self) -> Tensor:
         if not self.needs_dbias:
-            return self.weight.new_empty(0)
+            return self.weight.new_empty(0, dtype=self.dtype)
         if len(self.dbiases) == 1:
             return self.dbiases[0]
         total = self.weight.new_zeros(self.weight.shape[0], dtype=torch.float32)
         for part in self.dbiases:
             total += part
-        return total.to(self.weight.dtype)
+        return total.to(self.dtype)

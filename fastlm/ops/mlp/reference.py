@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops.checks import autocast_off, statistics_dtype
+from fastlm.ops.gradients import weight_gradient
 
 GATED = {"swiglu": "silu", "geglu": "gelu"}  # gated activation -> the activation of its gate
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "relu2", "silu", *GATED)
@@ -30,11 +31,11 @@ def linear_act_forward(
 
 
 def linear_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     with autocast_off(x):
         dpre = activate_backward(dy, pre, activation)
-        return linear_backward(dpre, x, weight, needs)
+        return linear_backward(dpre, x, weight, needs, dtype)
 
 
 def mlp_forward(
@@ -59,28 +60,33 @@ def mlp_backward(
     pre: Tensor,
     activation: str,
     needs: list[bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with autocast_off(x):
         needs_fc, needs_proj = needs[:3], needs[3:]
         hidden = activate(pre, activation) if needs_proj[0] else pre
-        dhidden, dproj_weight, dproj_bias = linear_backward(dy, hidden, proj_weight, [any(needs_fc), *needs_proj])
+        needs_hidden = [any(needs_fc), *needs_proj]
+        dhidden, dproj_weight, dproj_bias = linear_backward(dy, hidden, proj_weight, needs_hidden, dtype)
         del hidden
         if not any(needs_fc):
             none = x.new_empty(0)
-            return none, none.clone(), none.clone(), dproj_weight, dproj_bias
+            return none, none.to(dtype, copy=True), none.to(dtype, copy=True), dproj_weight, dproj_bias
         dpre = activate_backward(dhidden, pre, activation)
         del dhidden
-        return (*linear_backward(dpre, x, fc_weight, needs_fc), dproj_weight, dproj_bias)
+        return (*linear_backward(dpre, x, fc_weight, needs_fc, dtype), dproj_weight, dproj_bias)
 
 
-def linear_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y = x @ weight.T + bias: (dx, dweight, dbias), each empty where `needs` says that nobody asks."""
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y = x @ weight.T + bias: dx, and in `dtype` dweight and dbias; each empty where `needs` says that
+    nobody asks."""
     needs_dx, needs_dweight, needs_dbias = needs
     rows = dy.reshape(-1, dy.shape[-1])  # (N, F)
     return (
         (rows @ weight).view(x.shape[:-1] + weight.shape[1:]) if needs_dx else dy.new_empty(0),
-        rows.T @ x.reshape(-1, x.shape[-1]) if needs_dweight else dy.new_empty(0),
-        rows.sum(0) if needs_dbias else dy.new_empty(0),
+        weight_gradient(rows, x.reshape(-1, x.shape[-1]), dtype) if needs_dweight else dy.new_empty(0, dtype=dtype),
+        rows.sum(0, dtype=dtype) if needs_dbias else dy.new_empty(0, dtype=dtype),
     )
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops.checks import autocast_off
+from fastlm.ops.gradients import weight_gradient
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED, linear_backward
 from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, architecture, cdiv, gemm
 from fastlm.ops.triton_support.column_sum import column_sum
@@ -105,11 +106,11 @@ def mlp_forward(
 
 
 def linear_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dpre, dbias, _ = _act_backward(dy, pre, activation, needs[2], False)
+    dpre, dbias, _ = _act_backward(dy, pre, activation, needs[2], False, dtype)
     with autocast_off(x):
-        dx, dweight, _ = linear_backward(dpre, x, weight, [*needs[:2], False])
+        dx, dweight, _ = linear_backward(dpre, x, weight, [*needs[:2], False], dtype)
     return dx, dweight, dbias
 
 
@@ -121,24 +122,25 @@ def mlp_backward(
     pre: Tensor,
     activation: str,
     needs: list[bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with autocast_off(x):
         rows = dy.reshape(-1, dy.shape[-1])
         if x.dtype == torch.float32 or len(rows) == 0:
             dhidden = (rows @ proj_weight).view(*pre.shape[:-1], proj_weight.shape[1])
-            dpre, dbias, hidden = _act_backward(dhidden, pre, activation, needs[2], needs[3])
+            dpre, dbias, hidden = _act_backward(dhidden, pre, activation, needs[2], needs[3], dtype)
         else:
-            dpre, dbias, hidden = _fused_backward(rows, proj_weight, pre, activation, needs[2], needs[3])
-        dproj_weight = rows.T @ hidden if needs[3] else dy.new_empty(0)
-        dproj_bias = rows.sum(0) if needs[4] else dy.new_empty(0)
-        dx, dfc_weight, _ = linear_backward(dpre, x, fc_weight, [*needs[:2], False])
+            dpre, dbias, hidden = _fused_backward(rows, proj_weight, pre, activation, needs[2], needs[3], dtype)
+        dproj_weight = weight_gradient(rows, hidden, dtype) if needs[3] else dy.new_empty(0, dtype=dtype)
+        dproj_bias = rows.sum(0, dtype=dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
+        dx, dfc_weight, _ = linear_backward(dpre, x, fc_weight, [*needs[:2], False], dtype)
         return dx, dfc_weight, dbias, dproj_weight, dproj_bias
 
 
 def _act_backward(
-    dhidden: Tensor, pre: Tensor, activation: str, needs_dbias: bool, needs_hidden: bool
+    dhidden: Tensor, pre: Tensor, activation: str, needs_dbias: bool, needs_hidden: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dpre, dbias and the activation once more (rows, F), from the activation's gradient."""
+    """dpre, dbias in `dtype` and the activation once more (rows, F), from the activation's gradient."""
     wide, gated = pre.shape[-1], activation in GATED
     rows = dhidden.reshape(-1, dhidden.shape[-1])
     if rows.stride(1) != 1:
@@ -147,7 +149,7 @@ def _act_backward(
     dpre = torch.empty_like(pre)
     hidden = pre.new_empty((m, n) if needs_hidden else 0)
     if m == 0:
-        return dpre, pre.new_zeros(wide if needs_dbias else 0), hidden
+        return dpre, pre.new_zeros(wide if needs_dbias else 0, dtype=dtype), hidden
     config = ACT_BACKWARD.config(pre.device, (pre.dtype == torch.float32,))
     parts = cdiv(m, config["BM"])
     partial = pre.new_empty((1, parts, wide), dtype=torch.float32) if needs_dbias else None
@@ -165,11 +167,17 @@ def _act_backward(
         gated,
         activation,
     )
-    return dpre, _dbias(partial, pre), hidden
+    return dpre, _dbias(partial, pre, dtype), hidden
 
 
 def _fused_backward(
-    dy: Tensor, proj_weight: Tensor, pre: Tensor, activation: str, needs_dbias: bool, needs_hidden: bool
+    dy: Tensor,
+    proj_weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs_dbias: bool,
+    needs_hidden: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the gradient behind the second matrix, (rows, C_out)."""
     wide, gated = pre.shape[-1], activation in GATED
@@ -201,7 +209,7 @@ def _fused_backward(
         activation,
         k % bk == 0,
     )
-    return dpre, _dbias(partial, pre), hidden
+    return dpre, _dbias(partial, pre, dtype), hidden
 
 
 def _operands(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -212,10 +220,10 @@ def _operands(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
     return a, *gemm.row_major(weight)
 
 
-def _dbias(partial: Tensor | None, pre: Tensor) -> Tensor:
+def _dbias(partial: Tensor | None, pre: Tensor, dtype: torch.dtype) -> Tensor:
     if partial is None:
-        return pre.new_empty(0)
-    dbias = pre.new_empty(pre.shape[-1])
+        return pre.new_empty(0, dtype=dtype)
+    dbias = pre.new_empty(pre.shape[-1], dtype=dtype)
     column_sum(partial, dbias)
     return dbias
 
@@ -254,8 +262,8 @@ def _example(
         x, fc, proj, bias = make(rows, width), make(wide, width), make(width, 4 * width), None if plain else make(wide)
         y, pre = mlp_forward(x, fc, bias, proj, None, activation, not plain)
         pre = make(rows, wide) if plain else pre
-        mlp_backward(y, x, fc, proj, pre, activation, [True, True, not plain, True, True])
-        linear_act_backward(make(rows, 4 * width), x, fc, pre, activation, [True, True, not plain])
+        mlp_backward(y, x, fc, proj, pre, activation, [True, True, not plain, True, True], dtype)
+        linear_act_backward(make(rows, 4 * width), x, fc, pre, activation, [True, True, not plain], dtype)
 
     traits = f"{' transposed' if transposed else ''}{' plain' if plain else ''}"
     return Example(f"{rows} rows {width} {activation} {dtype}{traits}".replace("torch.", ""), call)

@@ -25,7 +25,7 @@ void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, Epilogu
   Buffer hidden(m * n * size, s), dbias(wide * size, s), scale(4);
   const bool stores = kind == EpilogueKind::store, backward = kind == EpilogueKind::activate_backward;
   Epilogue e{kind, activation, backward ? nullptr : bias.data, stores ? scale.floats() : nullptr, out.data, n, type, false,
-             stores ? nullptr : pre.data, backward ? hidden.data : nullptr, backward ? dbias.data : nullptr};
+             stores ? nullptr : pre.data, backward ? hidden.data : nullptr, backward ? dbias.data : nullptr, type};
   Gemm p{{a.data, layout.transposed_a ? m : k, layout.transposed_a}, {b.data, layout.transposed_b ? n : k, layout.transposed_b},
          m, n, k, type, e, nullptr, sms, wgmma};
   Buffer workspace(4 * gemm_workspace_cuda(p));
@@ -35,7 +35,7 @@ void product(int64_t m, int64_t n, int64_t k, DType type, Layout layout, Epilogu
 
 void accumulate(int64_t m, int64_t n, int64_t k, DType type) {
   Buffer a(m * k * size_of(type)), b(n * k * size_of(type)), out(4 * m * n);
-  const Epilogue e{EpilogueKind::store, Activation::relu, nullptr, nullptr, out.data, n, DType::f32, true, nullptr, nullptr, nullptr};
+  const Epilogue e{EpilogueKind::store, Activation::relu, nullptr, nullptr, out.data, n, DType::f32, true, nullptr, nullptr, nullptr, DType::f32};
   gemm_cuda({{a.data, m, true}, {b.data, n, true}, m, n, k, type, e, nullptr, 1, false}, nullptr);
 }
 
@@ -43,7 +43,7 @@ void activation_backward(int64_t rows, int64_t cols, DType type, Activation acti
   const int64_t wide = is_gated(activation) ? 2 * cols : cols, size = size_of(type);
   Buffer pre(rows * wide * size), dhidden(rows * cols * size), dpre(rows * wide * size), dbias(wide * size);
   Buffer workspace(4 * activation_backward_workspace_cuda(rows, wide));
-  activation_backward_cuda({pre.data, dhidden.data, dpre.data, nullptr, dbias.data, workspace.floats(), rows, cols, activation, type},
+  activation_backward_cuda({pre.data, dhidden.data, dpre.data, nullptr, dbias.data, workspace.floats(), rows, cols, activation, type, type},
                            nullptr);
 }
 
@@ -58,7 +58,7 @@ void cross_entropy(int64_t rows, int64_t cols, DType type) {
 
 void column_sums(int64_t rows, int64_t cols, int64_t stride, DType type) {
   Buffer x(((rows - 1) * stride + cols) * size_of(type)), sums(cols * size_of(type)), workspace(4 * column_sums_workspace_cuda(rows, cols));
-  column_sums_cuda({x.data, sums.data, workspace.floats(), rows, cols, stride, type}, nullptr);
+  column_sums_cuda({x.data, sums.data, workspace.floats(), rows, cols, stride, type, type}, nullptr);
 }
 
 }  // namespace
