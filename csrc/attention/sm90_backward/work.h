@@ -1,5 +1,8 @@
 // What a block of threads does at a time: a block of keys of one head of k and v, against the blocks of queries that see
 // it, of all heads that share it. By the number of its ticket; all parts of the kernel go through the same works and steps.
+//
+// Queries are taken from the last on. Under a causal mask all blocks of keys have those in common; from the first on, each
+// would wait for the one before it to come to its own first queries.
 #pragma once
 #include "attention/sm90_backward/shape.h"
 
