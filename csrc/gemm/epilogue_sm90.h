@@ -346,7 +346,6 @@ FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const Epil
         ptx::stmatrix(gate_row + half * kHalf, gate[half]);
         if (kGated) ptx::stmatrix(up_row + half * kHalf, up[half]);
       }
-      if (kGated && !keep_sums) continue;  // a branch: without it ptxas takes the next columns up before, and spills registers
       // A lane has sums of four of the 16 columns over four rows. In the end it has one of the 32 of two q, over all rows.
 #pragma unroll
       for (int part = 0; part < kParts; part++) {

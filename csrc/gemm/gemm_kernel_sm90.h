@@ -272,17 +272,21 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       WgmmaAccumulators<kN> c;
       // The other warpgroup has seen every stage before: a barrier's parity tells two phases apart, not three.
       if (i >= p.clusters) ptx::barrier_sync(group, 256);
-#pragma unroll 1
-      for (int s = 0; s < work.stages; s++, step++) {
+      auto multiply = [&](bool first) {
         const int stage = step % Tile::kStages;
         const uint32_t a = stages + stage * Tile::kStageBytes;
         ptx::mbarrier_wait(full + 8 * stage, step / Tile::kStages % 2);
         ptx::wgmma_fence();
-        multiply_stage<T, kN, kTransposedA, kTransposedB>(c, a, a + Tile::kABytes, s > 0);
+        multiply_stage<T, kN, kTransposedA, kTransposedB>(c, a, a + Tile::kABytes, !first);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
-        if (s > 0) release((step - 1) % Tile::kStages);
-      }
+        if (!first) release((step - 1) % Tile::kStages);
+        step++;
+      };
+      // Not in the loop: ptxas sees that no accumulator lives on, and gives the epilogue the registers of what it is done with.
+      multiply(true);
+#pragma unroll 1
+      for (int s = 1; s < work.stages; s++) multiply(false);
       if (i + p.clusters < p.works) ptx::barrier_arrive(3 - group, 256);
       ptx::wgmma_wait<0>();
       release((step - 1) % Tile::kStages);
