@@ -157,13 +157,21 @@ FASTLM_DEVICE void finish_store_floats(const EpilogueTask& task, const TensorMap
 }
 
 // pre = c + bias, rounded to T;  out = act(pre).
-template <class T, class Act>
-FASTLM_DEVICE void finish_activate(bool keep_pre, const EpilogueMaps& maps, const PiecePlace& tile,
-                                   const LaneBias<T, 128>& bias, const WgmmaAccumulators<128>& c, uint32_t pieces) {
+template <class T, int kN, class Act>
+FASTLM_DEVICE void finish_activate(const EpilogueTask& task, const EpilogueMaps& maps, const PiecePlace& tile,
+                                   const WgmmaAccumulators<kN>& c, uint32_t pieces) {
+  constexpr int kGroups = kN / kPairColumns;
+  const bool keep_pre = task.e.pre != nullptr;
   const LaneRow to(pieces);
+  LaneBias<T, kPairColumns> bias[kGroups];
+  auto load_bias = [&](int columns) {
+    bias[columns].load(task.e.bias, tile.col + kPairColumns * columns, static_cast<int>(task.cols));
+  };
+  load_bias(0);
 #pragma unroll
-  for (int u = 0; u < 4; u++) {
+  for (int u = 0; u < 2 * kGroups; u++) {
     const int columns = u / 2, half = u % 2;
+    if (half == 1 && columns + 1 < kGroups) load_bias(columns + 1);  // into what were accumulators
     if (u == 0) wait_for_pieces<0>();
     if (u >= 2) wait_for_pieces<1>();
     const int pre = u % 2 * 2 * kPieceBytes, out = pre + kPieceBytes;
@@ -173,7 +181,7 @@ FASTLM_DEVICE void finish_activate(bool keep_pre, const EpilogueMaps& maps, cons
       uint32_t r[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const float2 b = unpack_pair<T>(bias.pairs[8 * columns + 2 * q + j / 2]);
+        const float2 b = unpack_pair<T>(bias[columns].pairs[2 * q + j / 2]);
         r[j] = pack_pair<T>(v[2 * j] + b.x, v[2 * j + 1] + b.y);
       }
       if (keep_pre) ptx::stmatrix(to.at[q] + pre, r);
@@ -196,10 +204,14 @@ FASTLM_DEVICE void finish_activate(bool keep_pre, const EpilogueMaps& maps, cons
 
 // The same of a gated activation: of every 32 columns of c the first 16 are the gate's, the others those that it multiplies.
 template <class T, class Act>
-FASTLM_DEVICE void finish_activate_gated(bool keep_pre, const EpilogueMaps& maps, const PiecePlace& tile,
-                                         const LaneBias<T, 64>& gate_bias, const LaneBias<T, 64>& up_bias,
+FASTLM_DEVICE void finish_activate_gated(const EpilogueTask& task, const EpilogueMaps& maps, const PiecePlace& tile,
                                          const WgmmaAccumulators<128>& c, uint32_t pieces) {
+  const bool keep_pre = task.e.pre != nullptr;
+  const int cols = static_cast<int>(task.cols);
   const LaneRow to(pieces);
+  LaneBias<T, kPairColumns> gate_bias, up_bias;
+  gate_bias.load(task.e.bias, tile.col, cols);
+  up_bias.load(task.e.bias == nullptr ? nullptr : static_cast<const T*>(task.e.bias) + cols, tile.col, cols);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     wait_for_pieces<0>();

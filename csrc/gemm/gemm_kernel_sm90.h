@@ -167,18 +167,10 @@ FASTLM_DEVICE void finish_wgmma(const WgmmaTask& p, const EpilogueMaps& maps, co
     if (task.e.out_type == DType::f32) finish_store_floats<T, kN>(task, &maps.out, tile, c, mine);
     else finish_store_pairs<T, kN>(task, &maps.out, tile, c, ptx::shared_address(mine));
   } else if constexpr (kKind == EpilogueKind::activate) {
-    const int cols = static_cast<int>(task.cols);
-    const bool keep_pre = task.e.pre != nullptr;
-    LaneBias<T, kGated ? 64 : 128> bias, up_bias;
-    bias.load(task.e.bias, work.col0, cols);
-    if (kGated) up_bias.load(task.e.bias == nullptr ? nullptr : static_cast<const T*>(task.e.bias) + cols, work.col0, cols);
     with_activation_of<kGated>(task.e.activation, [&](auto act) {
       using Act = decltype(act);
-      if constexpr (kGated) {
-        finish_activate_gated<T, Act>(keep_pre, maps, tile, bias, up_bias, c, ptx::shared_address(mine));
-      } else {
-        finish_activate<T, Act>(keep_pre, maps, tile, bias, c, ptx::shared_address(mine));
-      }
+      if constexpr (kGated) finish_activate_gated<T, Act>(task, maps, tile, c, ptx::shared_address(mine));
+      else finish_activate<T, kN, Act>(task, maps, tile, c, ptx::shared_address(mine));
     });
   } else {
     const int number = turn * (kGated ? 4 : 2), first = number % kSlots;  // of the tile's first slot
@@ -402,12 +394,16 @@ void run_wgmma(const GemmTask& gemm, const GemmPlan& plan, int sms, cudaStream_t
     t.e.out_type = DType::f32;
     t.gated = false;
   }
+  const bool wide = plan.cols == 192;
   switch (t.e.kind) {
     case EpilogueKind::store:
-      return plan.cols == 128 ? launch_wgmma<T, 128, EpilogueKind::store>(gemm, task, stream)
-                              : launch_wgmma<T, 192, EpilogueKind::store>(gemm, task, stream);
+      return wide ? launch_wgmma<T, 192, EpilogueKind::store>(gemm, task, stream)
+                  : launch_wgmma<T, 128, EpilogueKind::store>(gemm, task, stream);
     case EpilogueKind::activate:
-      if (!t.gated) return launch_wgmma<T, 128, EpilogueKind::activate>(gemm, task, stream);
+      if (!t.gated) {
+        return wide ? launch_wgmma<T, 192, EpilogueKind::activate>(gemm, task, stream)
+                    : launch_wgmma<T, 128, EpilogueKind::activate>(gemm, task, stream);
+      }
       task.gate_rows = kGateRows;
       return launch_wgmma<T, 128, EpilogueKind::activate, true>(gemm, task, stream);
     case EpilogueKind::activate_backward:

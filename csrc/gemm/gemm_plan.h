@@ -86,12 +86,17 @@ inline bool wgmma_takes(const Gemm& p) {
          !(is_gated_product(p.epilogue) && p.b.transposed);
 }
 
+// Whether a tile of 192 columns leaves its epilogue registers enough.
+inline bool wide_tiles_fit(const Epilogue& e) {
+  return e.kind == EpilogueKind::store || (e.kind == EpilogueKind::activate && !is_gated(e.activation));
+}
+
 // aligned: the operands' rows are. whole: so are those of everything in the epilogue, in multiples of eight elements.
 inline GemmPlan plan_gemm(const Gemm& p, bool aligned, bool whole) {
   GemmPlan best = plan_mma(p, aligned);
   if (!aligned || !whole || !wgmma_takes(p)) return best;
   for (const int cols : {192, 128}) {
-    if (cols > 128 && p.epilogue.kind != EpilogueKind::store) continue;
+    if (cols > 128 && !wide_tiles_fit(p.epilogue)) continue;
     GemmPlan tiles = tiles_of(p, aligned, kWgmmaRows, cols);
     tiles.wgmma = true;
     for (int64_t splits = 1; splits <= std::min(kMostSplits, std::max<int64_t>(1, p.k / kLeastDepth)); splits++) {
