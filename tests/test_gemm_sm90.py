@@ -33,15 +33,24 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @contextmanager
-def products(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """After it: for each launch of a product inside whether it was this kernel's. On a GPU nothing counts launches."""
-    by_wgmma: list[bool] = []
+def launches(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """After it: what the emulator says of each launch inside. On a GPU nothing counts launches."""
+    found: list[dict] = []
     path = tmp_path / "counts"
     with monkeypatch.context() as patch:
         patch.setenv("FASTLM_EMULATOR_COUNTS", str(path))
-        yield by_wgmma
+        yield found
     if device == "cpu":
-        by_wgmma += [json.loads(line)["threads"] == THREADS for line in path.read_text().splitlines()]
+        found += [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def products(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """After it: for each launch of a product inside whether it was this kernel's."""
+    by_wgmma: list[bool] = []
+    with launches(device, tmp_path, monkeypatch) as found:
+        yield by_wgmma
+    by_wgmma += [launch["threads"] == THREADS for launch in found]
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
@@ -110,23 +119,25 @@ def test_the_mlp(
     assert device == "cuda" or by_wgmma.count(True) == 2 * 6  # the products, twice
 
 
-@pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
-@pytest.mark.parametrize("k", [64, 456])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_activations_in_many_turns(
-    device: str, activation: str, k: int, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both warpgroups reuse their memory for pre, dpre and hidden; short products leave them finishing side by side."""
-    monkeypatch.setenv("FASTLM_EMULATOR_SCHEDULE", schedule)
-    m, cols, dtype, code = 648, 456, torch.bfloat16, CODE[activation]
-    width = cols * (2 if activation in GATED else 1)
-    x, weight = matrix(m, k, "rows", dtype, device, 1), matrix(width, k, "rows", dtype, device, 2) * k**-0.5
-    up = matrix(k, cols, "rows", dtype, device, 3).T * k**-0.5
+def check_activations(
+    device: str,
+    dtype: torch.dtype,
+    activation: str,
+    size: tuple[int, int, int],
+    layouts: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[int]:
+    """Both epilogues, with and without what is optional. On the emulator, how many columns the tiles of each cover."""
+    m, cols, k = size
+    code, width = CODE[activation], cols * (2 if activation in GATED else 1)
+    x, weight = matrix(m, k, "rows", dtype, device, 1), matrix(width, k, layouts[0], dtype, device, 2) * k**-0.5
+    up = matrix(cols, k, layouts[1], dtype, device, 3) * k**-0.5
     bias = matrix(1, width, "rows", dtype, device, 4)[0]
     hidden, again = (torch.full((m, cols), float("nan"), dtype=dtype, device=device) for _ in range(2))
     pre, dpre = (torch.full((m, width), float("nan"), dtype=dtype, device=device) for _ in range(2))
     dbias = torch.full((width,), float("nan"), dtype=dtype, device=device)
-    with products(device, tmp_path, monkeypatch) as by_wgmma:
+    with launches(device, tmp_path, monkeypatch) as found:
         gemm.activate(x, weight, bias, code, hidden, pre)
         gemm.activate_backward(x, up, pre, code, dpre, again, dbias)
     assert torch.equal(hidden, again)
@@ -141,7 +152,55 @@ def test_activations_in_many_turns(
         gemm.activate_backward(x, up, pre, code, other, *keep)
         assert torch.equal(other, dpre) and torch.equal(sums, dbias) and torch.equal(hidden, again)
     assert torch.equal(gemm.activate(x, weight, bias, code, torch.empty_like(hidden)), hidden)
-    assert device == "cuda" or by_wgmma.count(True) == 2
+    gemm.activate(x, weight, None, code, hidden, pre)
+    check("pre without a bias", pre, x.double() @ weight.double().T, textbook(x, weight), dtype)
+    assert torch.equal(hidden, gemm.activate(x, weight, torch.zeros_like(bias), code, torch.empty_like(hidden)))
+    # In 8 x 8 matrices pre and hidden pass shared memory on their way out; then pre on its way in, dpre and hidden out.
+    rows, passing = (m + 255) // 256 * 256, (width + cols, 2 * width + cols)
+    own = [launch["matrices"] * 64 for launch in found if launch["threads"] == THREADS]
+    return [elements * cols // (rows * columns) for elements, columns in zip(own, passing, strict=device == "cpu")]
+
+
+@pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
+@pytest.mark.parametrize("k", [64, 456])
+@pytest.mark.parametrize(
+    "activation, cols, covered",
+    [("gelu_tanh", 456, 4 * 128), ("gelu_tanh", 520, 3 * 192), ("swiglu", 456, 4 * 128)],
+)
+def test_activations_in_many_turns(
+    device: str,
+    activation: str,
+    cols: int,
+    covered: int,
+    k: int,
+    schedule: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both warpgroups reuse their memory for pre, dpre and hidden; short products leave them finishing side by side."""
+    monkeypatch.setenv("FASTLM_EMULATOR_SCHEDULE", schedule)
+    size, layouts = (648, cols, k), ("rows", "columns")
+    found = check_activations(device, torch.bfloat16, activation, size, layouts, tmp_path, monkeypatch)
+    assert device == "cuda" or found == [covered, covered]
+
+
+@pytest.mark.parametrize("cols, sms", [(136, 2), (184, 2), (520, 2), (400, 10)])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@sixteen_bit
+def test_activations_in_wide_tiles(
+    device: str,
+    dtype: torch.dtype,
+    layout: str,
+    cols: int,
+    sms: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles of 192 columns whose last columns are beyond the result, or even the last 128."""
+    monkeypatch.setattr(emulator, "MULTIPROCESSORS", sms)
+    found = check_activations(device, dtype, "gelu", (648, cols, 136), (layout, layout), tmp_path, monkeypatch)
+    covered = (cols + 191) // 192 * 192
+    assert device == "cuda" or found == [covered, covered]
 
 
 def test_the_loss_of_a_language_model(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ constexpr int kPairColumns = 64;  // of a piece of 16-bit elements
 // In the backward pass the same memory is a ring of slots, each for 64 columns of pre in all the tile's rows, in the order
 // in which they are used: of a gated activation first the gate's, then those of what it multiplies.
 constexpr int kSlotBytes = kWgmmaRows * kSwizzleRow, kSlots = kStagingBytes / kSlotBytes;
+template <int kN, bool kGated>
+constexpr int kTileSlots = kN / kPairColumns * (kGated ? 2 : 1);  // that a tile takes
 
 // TMA's views of the epilogue's matrices. store: as (column, row, split of k). Else as (column, part, row): the halves of a
 // gated pre are its parts.
@@ -260,21 +262,24 @@ FASTLM_DEVICE void halve_sums(float* v) {
   }
 }
 
-// The slots of pre that belong to a tile, one behind the other.
+// The slots of pre that belong to a tile, one behind the other in the ring.
 struct PreSlots {
-  uint32_t memory;       // shared address of the warp's first row in the first slot
-  uint32_t full, empty;  // and of the barriers that say that it is full, and empty
+  uint32_t memory;       // shared address of the warp's first row in the ring's first slot
+  uint32_t first;        // the tile's first slot
+  uint32_t full, empty;  // the barriers that say that a slot of the tile is full, and one of the ring empty
   int turn;              // the phase of `full`
+
+  FASTLM_DEVICE uint32_t in_ring(int slot) const { return (first + slot) % kSlots; }
 };
 
 // dpre = c act'(pre);  hidden = act(pre);  and the sums of dpre's columns, one row of them for each warp.
 //
-// dpre takes pre's place in the slot. Hidden is kept in registers until the store of the same columns' dpre has read the
-// slot, and then follows it.
-template <class T, bool kGated, class Act>
+// dpre takes pre's place in the slot. Hidden is kept in registers, which were those columns' accumulators, until the store of
+// the same columns' dpre has read the slot, and then follows it.
+template <class T, int kN, bool kGated, class Act>
 FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const EpilogueMaps& maps, const PiecePlace& tile,
-                                            int strip, const WgmmaAccumulators<128>& c, const PreSlots& slots) {
-  constexpr int kParts = kGated ? 2 : 1;
+                                            int strip, const WgmmaAccumulators<kN>& c, const PreSlots& slots) {
+  constexpr int kParts = kGated ? 2 : 1, kGroups = kN / kPairColumns;
   constexpr int kHalf = 64 * kSwizzleRow;  // from a warp's rows in the upper half of the tile to those in the lower
   const bool keep_hidden = task.e.hidden != nullptr;
   const int lane = static_cast<int>(ptx::opaque(threadIdx.x) % 32);
@@ -285,23 +290,22 @@ FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const Epil
   const int sums_columns = keep_sums ? cols - sums_col : 0;
   float* sums_row = task.column_sums + int64_t{strip} * kParts * cols + sums_col;
   const LaneRow rows(slots.memory);
-  uint32_t hidden[2][2][4][4];  // by column, half, 16 columns
+  uint32_t hidden[kGroups][2][4][4];  // by column, half, 16 columns
 
-  auto slot_of = [&](int columns, int part) { return columns * kParts + part; };
+  auto offset_of = [&](int columns, int part) { return slots.in_ring(columns * kParts + part) * kSlotBytes; };
   auto store_slot = [&](const TensorMap* map, int columns, int part) {  // by lane 0
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      store_piece(map, slots.memory + slot_of(columns, part) * kSlotBytes + half * kHalf,
+      store_piece(map, slots.memory + offset_of(columns, part) + half * kHalf,
                   {tile.col + kPairColumns * columns, part, tile.row + 64 * half});
     }
   };
-  auto store_hidden = [&](int columns) {  // lane 0 has seen dpre's store read the slot
-    __syncwarp();
+  auto store_hidden = [&](int columns) {  // dpre's store has read the slot
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
       for (int q = 0; q < 4; q++) {
-        ptx::stmatrix(rows.at[q] + slot_of(columns, 0) * kSlotBytes + half * kHalf, hidden[columns][half][q]);
+        ptx::stmatrix(rows.at[q] + offset_of(columns, 0) + half * kHalf, hidden[columns][half][q]);
       }
     }
     publish_piece();
@@ -310,20 +314,27 @@ FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const Epil
       ptx::bulk_commit();
     }
   };
+  auto release = [&](int columns) {  // by lane 0
+#pragma unroll
+    for (int part = 0; part < kParts; part++) ptx::mbarrier_arrive(slots.empty + 8 * slots.in_ring(columns * kParts + part));
+  };
 
 #pragma unroll
-  for (int columns = 0; columns < 2; columns++) {
+  for (int columns = 0; columns < kGroups; columns++) {
 #pragma unroll
-    for (int part = 0; part < kParts; part++) ptx::mbarrier_wait(slots.full + 8 * slot_of(columns, part), slots.turn);
+    for (int part = 0; part < kParts; part++) ptx::mbarrier_wait(slots.full + 8 * (columns * kParts + part), slots.turn);
     float pairs_sum[kParts];  // of an even q
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      if (columns == 1 && q == 2 && keep_hidden) {
-        if (lane == 0) ptx::bulk_wait_read<0>();
-        store_hidden(0);
+      if (columns > 0 && q == 2) {
+        if (lane == 0) {
+          ptx::bulk_wait_read<0>();
+          if (columns > 1) release(columns - 2);
+        }
+        __syncwarp();
+        if (keep_hidden) store_hidden(columns - 1);
       }
-      const uint32_t gate_row = rows.at[q] + slot_of(columns, 0) * kSlotBytes;
-      const uint32_t up_row = rows.at[q] + slot_of(columns, kParts - 1) * kSlotBytes;
+      const uint32_t gate_row = rows.at[q] + offset_of(columns, 0), up_row = rows.at[q] + offset_of(columns, kParts - 1);
       uint32_t gate[2][4], up[2][4];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -358,6 +369,7 @@ FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const Epil
         ptx::stmatrix(gate_row + half * kHalf, gate[half]);
         if (kGated) ptx::stmatrix(up_row + half * kHalf, up[half]);
       }
+      if (kN > 128 && !keep_sums) continue;  // a branch: without it ptxas begins the next columns early, and spills registers
       // A lane has sums of four of the 16 columns over four rows. In the end it has one of the 32 of two q, over all rows.
 #pragma unroll
       for (int part = 0; part < kParts; part++) {
@@ -380,20 +392,17 @@ FASTLM_DEVICE void finish_activate_backward(const EpilogueTask& task, const Epil
       ptx::bulk_commit();
     }
   }
-  if (lane == 0) {  // this tile's last store may be under way, those of the first columns are not
+  if (lane == 0) {  // the last columns' store may be under way, those of the columns before are not
     ptx::bulk_wait_read<1>();
-#pragma unroll
-    for (int part = 0; part < kParts; part++) ptx::mbarrier_arrive(slots.empty + 8 * slot_of(0, part));
+    release(kGroups - 2);
     ptx::bulk_wait_read<0>();
   }
+  __syncwarp();
   if (keep_hidden) {
-    store_hidden(1);
+    store_hidden(kGroups - 1);
     if (lane == 0) ptx::bulk_wait_read<0>();
   }
-  if (lane == 0) {
-#pragma unroll
-    for (int part = 0; part < kParts; part++) ptx::mbarrier_arrive(slots.empty + 8 * slot_of(1, part));
-  }
+  if (lane == 0) release(kGroups - 1);
   __syncwarp();
 }
 

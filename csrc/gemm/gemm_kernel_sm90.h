@@ -127,12 +127,13 @@ FASTLM_DEVICE void multiply_stage(WgmmaAccumulators<kN>& c, uint32_t a, uint32_t
 
 // A row of a beyond m is zeros, so its products are too, or NaN where b is infinite: no sum is to have it.
 // row0: the warp's first.
-FASTLM_DEVICE void clear_rows(WgmmaAccumulators<128>& c, int row0, int64_t m) {
+template <int kN>
+FASTLM_DEVICE void clear_rows(WgmmaAccumulators<kN>& c, int row0, int64_t m) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = row0 + 64 * half + static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
-    for (int j = 0; j < 64; j++) {
+    for (int j = 0; j < kN / 2; j++) {
       if (row + j % 4 / 2 * 8 >= m) c[half][j] = 0.0f;
     }
   }
@@ -155,7 +156,8 @@ FASTLM_DEVICE void with_activation_of(Activation a, const Body& body) {
 }
 
 // The end of a tile, number `turn` of this cluster's tiles. staging: of the block; slots: the barriers of its slots of pre.
-// "Full" has one for each warpgroup, since a barrier's parity tells two phases apart, not three; then come those for "empty".
+// "Full" has one for each slot of a tile of each warpgroup, since a barrier's parity tells two phases apart, not three; then
+// come those for "empty", one for each slot of the ring.
 template <class T, int kN, EpilogueKind kKind, bool kGated>
 FASTLM_DEVICE void finish_wgmma(const WgmmaTask& p, const EpilogueMaps& maps, const WgmmaWork& work, int turn,
                                 WgmmaAccumulators<kN>& c, unsigned char* staging, uint32_t slots) {
@@ -173,27 +175,28 @@ FASTLM_DEVICE void finish_wgmma(const WgmmaTask& p, const EpilogueMaps& maps, co
       else finish_activate<T, kN, Act>(task, maps, tile, c, ptx::shared_address(mine));
     });
   } else {
-    const int number = turn * (kGated ? 4 : 2), first = number % kSlots;  // of the tile's first slot
-    const uint32_t memory = ptx::shared_address(staging) + first * kSlotBytes + strip * kPieceBytes;
-    const PreSlots pre{memory, slots + 8 * (turn % 2 * kSlots + first), slots + 8 * (2 * kSlots + first), turn / 2 % 2};
-    if (work.row0 + kWgmmaRows > task.m) clear_rows(c, tile.row, task.m);
+    constexpr int kCount = kTileSlots<kN, kGated>;
+    const PreSlots pre{ptx::shared_address(staging) + strip * kPieceBytes, static_cast<uint32_t>(turn * kCount) % kSlots,
+                       slots + 8 * (turn % 2 * kCount), slots + 8 * 2 * kSlots, turn / 2 % 2};
+    if (work.row0 + kWgmmaRows > task.m) clear_rows<kN>(c, tile.row, task.m);
     with_activation_of<kGated>(task.e.activation, [&](auto act) {
-      finish_activate_backward<T, kGated, decltype(act)>(task, maps, tile, work.tile * kWgmmaStrips + strip, c, pre);
+      finish_activate_backward<T, kN, kGated, decltype(act)>(task, maps, tile, work.tile * kWgmmaStrips + strip, c, pre);
     });
   }
 }
 
 // Loads the slots of pre, tile after tile. slots: as above.
-template <bool kGated>
+template <int kN, bool kGated>
 FASTLM_DEVICE void load_pre_slots(const WgmmaTask& p, const TensorMap* map, int rank, uint32_t staging, uint32_t slots) {
-  constexpr int kParts = kGated ? 2 : 1;
+  constexpr int kParts = kGated ? 2 : 1, kCount = kTileSlots<kN, kGated>;
+  static_assert(kCount <= kSlots, "a tile's last slot may be filled before its first is empty");
   int n = 0, group = 0;  // the slot's number, and the warpgroup whose tile it is
   for (int i = static_cast<int>(blockIdx.x) / 2; i < p.works; i += p.clusters, group ^= 1) {
-    const WgmmaWork work = wgmma_work<128>(p, i, rank);
+    const WgmmaWork work = wgmma_work<kN>(p, i, rank);
 #pragma unroll 1
-    for (int j = 0; j < 2 * kParts; j++, n++) {
+    for (int j = 0; j < kCount; j++, n++) {
       const int slot = n % kSlots, at[3] = {work.col0 + j / kParts * kPairColumns, j % kParts, work.row0};
-      const uint32_t full = slots + 8 * (group * kSlots + slot);
+      const uint32_t full = slots + 8 * (group * kCount + j);
       ptx::mbarrier_wait(slots + 8 * (2 * kSlots + slot), n / kSlots % 2 ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, kSlotBytes);
       ptx::tma_load(staging + slot * kSlotBytes, map, full, at);
@@ -245,7 +248,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
     // By another warp: neither the stages nor pre wait for each other's room.
     if (kKind == EpilogueKind::activate_backward && warp == 1 && ptx::elect_one()) {
-      load_pre_slots<kGated>(p, &maps.in, rank, ptx::shared_address(staging), slots);
+      load_pre_slots<kN, kGated>(p, &maps.in, rank, ptx::shared_address(staging), slots);
     }
     __syncwarp();
   } else {
@@ -407,8 +410,9 @@ void run_wgmma(const GemmTask& gemm, const GemmPlan& plan, int sms, cudaStream_t
       task.gate_rows = kGateRows;
       return launch_wgmma<T, 128, EpilogueKind::activate, true>(gemm, task, stream);
     case EpilogueKind::activate_backward:
-      return t.gated ? launch_wgmma<T, 128, EpilogueKind::activate_backward, true>(gemm, task, stream)
-                     : launch_wgmma<T, 128, EpilogueKind::activate_backward>(gemm, task, stream);
+      if (t.gated) return launch_wgmma<T, 128, EpilogueKind::activate_backward, true>(gemm, task, stream);
+      return wide ? launch_wgmma<T, 192, EpilogueKind::activate_backward>(gemm, task, stream)
+                  : launch_wgmma<T, 128, EpilogueKind::activate_backward>(gemm, task, stream);
   }
 }
 

@@ -88,7 +88,7 @@ inline bool wgmma_takes(const Gemm& p) {
 
 // Whether a tile of 192 columns leaves its epilogue registers enough.
 inline bool wide_tiles_fit(const Epilogue& e) {
-  return e.kind == EpilogueKind::store || (e.kind == EpilogueKind::activate && !is_gated(e.activation));
+  return e.kind == EpilogueKind::store || !is_gated(e.activation);
 }
 
 // aligned: the operands' rows are. whole: so are those of everything in the epilogue, in multiples of eight elements.

@@ -84,7 +84,9 @@ int main(int arguments, char**) {
       product(65, 33, 530, f32, columns, backward, Activation::swiglu, 64);
       product(1, 1, 1, f16, {true, true, 2}, store, Activation::relu, 1);
       for (const Layout layout : {rows, columns, both}) product(264, 392, 456, bf16, layout, store, Activation::relu, 2, true);
-      product(264, 136, 72, f16, columns, activate, Activation::gelu, 2, true);
+      product(264, 256, 72, f16, columns, activate, Activation::gelu, 2, true);
+      product(520, 184, 72, bf16, rows, activate, Activation::gelu, 2, true);  // tiles of 192 columns
+      product(520, 184, 72, f16, rows, backward, Activation::silu, 2, true);
       product(520, 136, 72, bf16, columns, backward, Activation::geglu, 4, true);
       product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 2, true);
       product(130, 136, 4104, f16, rows, activate, Activation::swiglu, 16, false);  // k is split
