@@ -104,6 +104,16 @@ def test_the_main_loop_is_the_one_with_the_tensor_cores() -> None:
     assert loop.wavefronts == 4
 
 
+def test_a_first_pass_before_the_loop_does_not_make_the_loop_around_both_the_main_one() -> None:
+    text = code(
+        *("HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT", "MUFU.EX2 R1, R2"),  # 0x00: the outer loop begins
+        *("HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8], R24", "@P0 BRA 0x20"),  # 0x20: the inner one
+        *("MUFU.EX2 R1, R2", "@P1 BRA 0x0", "EXIT"),
+    )
+    loop = sass.main_loop(sass.functions(text)["kernel"])
+    assert loop is not None and loop.counts == {"HGMMA": 1, "BRA": 1}
+
+
 def test_what_was_moved_out_of_the_loop_is_counted_beside_it() -> None:
     text = code(
         *("LDGSTS.E [R1], [R2.64]", "BRA 0x30"),  # 0x00: copies, and back into the loop

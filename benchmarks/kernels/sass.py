@@ -85,12 +85,25 @@ def loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:
     return found
 
 
+def wgmma_loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """The innermost loops with wgmma: those around them hold the first pass, or the last, as well.
+
+    A branch that comes back from out of line, as from a wait, closes no loop: its range begins inside of a true one.
+    """
+    found = loops(instructions)
+    true = [(a, b) for a, b in found if not any(low < a <= high < b for low, high in found)]
+    products = [at for at, text in instructions if opcode(text) == "HGMMA"]
+    own = [(a, b) for a, b in true if any(a <= at <= b for at in products)]
+    return [(a, b) for a, b in own if not any((c, d) != (a, b) and a <= c and d <= b for c, d in own)]
+
+
 def main_loop(instructions: list[tuple[int, str]]) -> Loop | None:
-    """Of the loops, the one with the most tensor-core instructions; without any, with the most loads and stores; of
-    equal ones the shortest. None where the kernel has no loop: a straight line of code that each thread runs once."""
+    """Of the loops, with wgmma of the innermost, the one with the most tensor-core instructions; without any, with the
+    most loads and stores; of equal ones the shortest. None where the kernel has no loop: a straight line of code that
+    each thread runs once."""
     best: tuple[tuple[int, int, int], Loop] | None = None
     found = loops(instructions)
-    for first, last in found:
+    for first, last in wgmma_loops(instructions) or found:
         counts = _counts(instructions, first, last)
         tensor = sum(counts[op] for op in GROUPS["tensor core"])
         moved = 0 if tensor else sum(counts[op] for op in ("LDG", "LDGSTS", "LD", "STG"))

@@ -151,21 +151,12 @@ def _compiled(w: Work) -> tuple[str, Pass | None]:
 
 
 def main_pass(instructions: Sequence[tuple[int, str]], warps: int) -> Pass | None:
-    """A pass of the loop with the most products, of equal ones the shortest: the one without masks. None without any.
-
-    A branch that comes back from out of line, as from a wait, closes no loop: its range begins inside of a true one.
-    """
-    found = sass.loops(list(instructions))
-    true = [(a, b) for a, b in found if not any(low < a <= high < b for low, high in found)]
-    bodies = {}
-    for first, last in true:
-        body = [text for at, text in instructions if first <= at <= last and sass.opcode(text) != "NOP"]
-        if any(sass.opcode(text) == "HGMMA" for text in body):
-            bodies[first, last] = body
-    inner = [
-        body for (a, b), body in bodies.items() if not any((c, d) != (a, b) and a <= c and d <= b for c, d in bodies)
+    """A pass of the loop with the most products, of equal ones the shortest: that without masks. None without any."""
+    bodies = [
+        [text for at, text in instructions if first <= at <= last and sass.opcode(text) != "NOP"]
+        for first, last in sass.wgmma_loops(list(instructions))
     ]
-    passes = [(_pass(body, warps), len(body)) for body in inner]
+    passes = [(_pass(body, warps), len(body)) for body in bodies]
     return max(passes, key=lambda p: (p[0].tensor, -p[1]))[0] if passes else None
 
 
