@@ -254,17 +254,18 @@ int64_t attention_backward_workspace_of(const std::array<Address, 6>& address, c
   return attention_backward_workspace(attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type));
 }
 
-// gradients: out, lse, dout, dlse, dq, dk, dv. workspace: CUDA only
-void attention_backward(bool on_cuda, const std::array<Address, 7>& gradients, const std::array<int64_t, 3>& dout_strides,
+// gradients: out, lse, dout, dlse, dq, dk, dv. strides: dout's (batch, row, head), the row's of dq, that of dk and dv.
+// workspace: CUDA only
+void attention_backward(bool on_cuda, const std::array<Address, 7>& gradients, const std::array<int64_t, 5>& strides,
                         const std::array<Address, 6>& address, const std::array<int64_t, 21>& size, float scale,
                         float softcap, uint32_t dropout_threshold, float dropout_scale, int type, Address workspace,
                         Address stream) {
   const AttentionInputs p =
       attention_inputs(address, size, scale, softcap, dropout_threshold, dropout_scale, type);
   const AttentionGradients g{at<void>(gradients[0]), at<float>(gradients[1]),
-                             at<void>(gradients[2]), {dout_strides[0], dout_strides[1], dout_strides[2]},
+                             at<void>(gradients[2]), {strides[0], strides[1], strides[2]},
                              at<float>(gradients[3]), at<void>(gradients[4]),
-                             at<void>(gradients[5]), at<void>(gradients[6])};
+                             at<void>(gradients[5]), at<void>(gradients[6]), strides[3], strides[4]};
   py::gil_scoped_release release;
   on_cuda ? attention_backward_cuda(p, g, at<float>(workspace), at<void>(stream)) : attention_backward_cpu(p, g);
 }

@@ -71,6 +71,17 @@ def test_what_the_kernel_cannot_read_is_refused_by_name() -> None:
         kernel_call(*(torch.randn(1, 4, 1, 264, dtype=torch.float16) for _ in range(3)))
 
 
+def test_a_gradient_that_the_kernel_cannot_write_is_refused_by_name() -> None:
+    q = torch.randn(2, 9, 2, 64, dtype=torch.float16)
+    odd = torch.empty(2, 9, 2 * 64 + 4, dtype=torch.float16)[..., : 2 * 64].unflatten(2, (2, 64))
+    options = None, None, None, False, 0.1, -1, -1, 0.0, 0.0, 9
+    with backend.emulated():
+        out, lse = attention.forward(q, q, q, *options)
+        for gradients, name in (((odd, q, q), "dq"), ((q, odd, odd), "dk")):
+            with pytest.raises(ValueError, match=f"attention: {name} must be aligned to 16 bytes, its strides too"):
+                attention.backward(out, None, q, q, q, out, lse, *options, *gradients)
+
+
 def test_a_head_dim_over_256_is_unsupported() -> None:
     q = torch.randn(1, 4, 1, 264)
     with fastlm.backend("emulator"), pytest.raises(fastlm.UnsupportedError, match="head dims up to 256, got 264"):

@@ -70,7 +70,7 @@ DECODE = (0,) * 8, (*(0,) * 6, 0, 2**16, 1, 1, 1, 8, 8, 0, 0, 0, -1), 1.0, 0.0, 
 GRIDS: dict[str, tuple] = {
     "layer_norm_forward": (True, *(0,) * 8, TOO_MANY, 65536, 0, 0, 1e-5, False, 0, 0, 0, 0),
     "attention_forward": (True, 0, 0, *ATTENTION, 0),
-    "attention_backward": (True, (0,) * 7, (0, 0, 0), *ATTENTION, 0, 0),
+    "attention_backward": (True, (0,) * 7, (0,) * 5, *ATTENTION, 0, 0),
     "decode_attention": (True, *DECODE, 0),
     "embedding_forward": (True, 0, True, 0, 0, TOO_MANY, 8, 8, 8, 0, 0),
     "rotary": (

@@ -31,7 +31,7 @@ struct AttentionInputs {
   bool wgmma;  // CUDA: the device runs code for sm_90a, and it is compiled in
 };
 
-// Outputs are contiguous. Results are the same to the bit whatever the number of threads.
+// out and lse are contiguous. Results are the same to the bit whatever the number of threads.
 void attention_forward_cpu(const AttentionInputs& p, void* out, float* lse);
 
 struct AttentionGradients {
@@ -39,13 +39,14 @@ struct AttentionGradients {
   const float* lse;  // (B, H, T)
   const void* dout;  // (B, T, H, D); null: zero
   Strides dout_strides;
-  const float* dlse;   // (B, H, T), contiguous; null: zero
-  void *dq, *dk, *dv;  // contiguous
+  const float* dlse;        // (B, H, T), contiguous; null: zero
+  void *dq, *dk, *dv;       // the heads of a token lie together
+  int64_t dq_row, dkv_row;  // elements from a token of dq to the next; of dk and dv. More than H D in a packed gradient
 };
 
 void attention_backward_cpu(const AttentionInputs& p, const AttentionGradients& g);
 
-// CUDA, sm_80 and newer. D is a multiple of 8 up to 256; q, k, v, out, dout and their strides are aligned to 16 bytes.
+// CUDA, sm_80 and newer. D is a multiple of 8 up to 256; every tensor of rows and its strides are aligned to 16 bytes.
 // dout is there also where it is zero. Everything is summed in a fixed order: two runs give the same bits.
 void attention_forward_cuda(const AttentionInputs& p, void* out, float* lse, void* stream);
 // workspace: attention_backward_workspace(p) floats.

@@ -145,15 +145,16 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
   }
   for (int64_t i = 0; i < rows; ++i) {
     write_row(buffers.dq + i * stride, 1.0f, p.width, g.dq, p.type,
-              ((lanes.batch * p.rows + lanes.row[i]) * p.heads + lanes.head[i]) * p.width);
+              (lanes.batch * p.rows + lanes.row[i]) * g.dq_row + lanes.head[i] * p.width);
   }
 }
 
-// The rows begin .. end-1 of dk or dv of a head of a batch entry.
-void write_head(const AttentionInputs& p, int64_t place, int64_t begin, int64_t end, const float* from, void* to) {
+// The rows begin .. end-1 of dk or dv of a head of a batch entry. to_row: elements from one to the next.
+void write_head(const AttentionInputs& p, int64_t place, int64_t begin, int64_t end, const float* from, void* to,
+                int64_t to_row) {
   const int64_t batch = place / p.kv_heads, kv_head = place % p.kv_heads, stride = padded(p.width);
   for (int64_t j = begin; j < end; ++j) {
-    write_row(from + j * stride, 1.0f, p.width, to, p.type, ((batch * p.columns + j) * p.kv_heads + kv_head) * p.width);
+    write_row(from + j * stride, 1.0f, p.width, to, p.type, (batch * p.columns + j) * to_row + kv_head * p.width);
   }
 }
 
@@ -182,8 +183,8 @@ void attention_backward(const AttentionInputs& p, const AttentionGradients& g) {
     for_each_task(places, work, buffers + sums, [&](int64_t place, float* buffer) {
       float *dk = buffer + buffers, *dv = dk + p.columns * stride;
       run(place, 0, buffer, dk, dv);
-      write_head(p, place, 0, p.columns, dk, g.dk);
-      write_head(p, place, 0, p.columns, dv, g.dv);
+      write_head(p, place, 0, p.columns, dk, g.dk, g.dkv_row);
+      write_head(p, place, 0, p.columns, dv, g.dv, g.dkv_row);
     });
     return;
   }
@@ -202,7 +203,7 @@ void attention_backward(const AttentionInputs& p, const AttentionGradients& g) {
           store(total + d, load(total + d) + load(total + part * sums + d));
         }
       }
-      write_head(p, place, begin, end, total, half == 0 ? g.dk : g.dv);
+      write_head(p, place, begin, end, total, half == 0 ? g.dk : g.dv, g.dkv_row);
     }
   });
 }

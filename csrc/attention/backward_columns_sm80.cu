@@ -25,7 +25,8 @@ struct Shape {
 
 template <class T, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
-    attention_backward_dkv(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dk, T* __restrict__ dv) {
+    attention_backward_dkv(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dk, T* __restrict__ dv,
+                           int64_t dkv_row) {
   using S = Shape<T, kWidth>;
   using Tile = Tile<T, kWidth>;
   constexpr int kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
@@ -112,15 +113,15 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
   put_rows(v_tile, warp_tile_row, dv_sum[0], dv_factor, dv_factor, out_first);
   __syncwarp();
   constexpr int kOutChunks = Tile::kChunks / S::kSplit;
-  const int64_t offset = (batch * p.columns * p.kv_heads + place.head) * p.width, stride = p.kv_heads * p.width;
+  const int64_t offset = batch * p.columns * dkv_row + place.head * p.width;
   const int first_chunk = warp % S::kSplit * kOutChunks;
-  store_tile<S::kWarpRows>(k_tile, warp_tile_row, first_chunk, kOutChunks, dk + offset, stride, warp_row, span.row, span.row_end, chunks);
-  store_tile<S::kWarpRows>(v_tile, warp_tile_row, first_chunk, kOutChunks, dv + offset, stride, warp_row, span.row, span.row_end, chunks);
+  store_tile<S::kWarpRows>(k_tile, warp_tile_row, first_chunk, kOutChunks, dk + offset, dkv_row, warp_row, span.row, span.row_end, chunks);
+  store_tile<S::kWarpRows>(v_tile, warp_tile_row, first_chunk, kOutChunks, dv + offset, dkv_row, warp_row, span.row, span.row_end, chunks);
 }
 
 }  // namespace
 
-void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv, cudaStream_t stream) {
+void attention_backward_columns(const BackwardInputs& inputs, const AttentionGradients& g, cudaStream_t stream) {
   const AttentionInputs& p = inputs.p;
   with_variant<true>(p, [&](auto variant) {
     using V = decltype(variant);
@@ -130,7 +131,8 @@ void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv
     const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.columns : p.max_seqlen + 7, S::kRows, p.kv_heads);
     if (grid.blocks * grid.sequences == 0) return;
     launch("attention_backward_dkv", {blocks_of(grid), dim3(S::kThreads), S::kBytes, stream},
-           attention_backward_dkv<T, V::kWidth, V::kGeneral>, inputs, grid, static_cast<T*>(dk), static_cast<T*>(dv));
+           attention_backward_dkv<T, V::kWidth, V::kGeneral>, inputs, grid, static_cast<T*>(g.dk), static_cast<T*>(g.dv),
+           g.dkv_row);
   });
 }
 

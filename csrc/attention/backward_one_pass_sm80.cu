@@ -70,7 +70,7 @@ struct Turn {
 template <class T, int kWidth, bool kGeneral, bool kLarge>
 __global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads, Shape<T, kWidth, kLarge>::kBlocksAtLeast)
     attention_backward(const __grid_constant__ BackwardInputs in, const Grid grid, const OnePassWorkspace w,
-                       T* __restrict__ dk, T* __restrict__ dv) {
+                       T* __restrict__ dk, T* __restrict__ dv, int64_t dkv_row) {
   using S = Shape<T, kWidth, kLarge>;
   using Tile = typename S::Tile;
   using Scores = typename S::Scores;
@@ -201,9 +201,9 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads, Shape<T, k
     put_rows(v_tile, tile_row + 16 * r, dv_sum[r], dv_factor, dv_factor, out_first);
   }
   __syncwarp();
-  const int64_t offset = (batch * p.columns * p.kv_heads + place.head) * p.width, stride = p.kv_heads * p.width;
+  const int64_t offset = batch * p.columns * dkv_row + place.head * p.width;
   auto store = [&](const Tile& tile, T* to) {
-    store_tile<S::kKeyRows>(tile, tile_row, out_first, S::kOutTiles, to + offset, stride, key0 + tile_row, span.column,
+    store_tile<S::kKeyRows>(tile, tile_row, out_first, S::kOutTiles, to + offset, dkv_row, key0 + tile_row, span.column,
                             span.column_end, chunks);
   };
   store(k_tile, dk);
@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads, Shape<T, k
 // dq: from sums to rows of T. Queries that see nothing have no sum.
 template <class T, int kWidth, bool kLarge>
 __global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads)
-    attention_dq(const __grid_constant__ AttentionInputs p, const Grid grid, const OnePassWorkspace w, T* __restrict__ dq) {
+    attention_dq(const __grid_constant__ AttentionInputs p, const Grid grid, const OnePassWorkspace w, T* __restrict__ dq,
+                 int64_t dq_row) {
   using S = Shape<T, kWidth, kLarge>;
   constexpr int kRowTiles = S::kQueryRows / 16;
   FASTLM_SHARED_DYNAMIC(shared, 128);
@@ -239,12 +240,12 @@ __global__ void __launch_bounds__(Shape<T, kWidth, kLarge>::kThreads)
     put_rows(tile, tile_row + 16 * r, part, p.scale, p.scale, out_first);
   }
   __syncwarp();
-  store_tile<S::kQueryRows>(tile, tile_row, out_first, S::kOutTiles, dq + (batch * p.rows * p.heads + place.head) * p.width,
-                            p.heads * p.width, row0 + tile_row, span.row, span.row_end, static_cast<int>(p.width * sizeof(T) / 16));
+  store_tile<S::kQueryRows>(tile, tile_row, out_first, S::kOutTiles, dq + batch * p.rows * dq_row + place.head * p.width,
+                            dq_row, row0 + tile_row, span.row, span.row_end, static_cast<int>(p.width * sizeof(T) / 16));
 }
 
 template <class T, int kWidth, bool kGeneral, bool kLarge>
-void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
+void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g, cudaStream_t stream) {
   using S = Shape<T, kWidth, kLarge>;
   const AttentionInputs& p = inputs.p;
   const bool packed = p.cu_seqlens != nullptr;
@@ -252,32 +253,32 @@ void launch_both(const BackwardInputs& inputs, const OnePassWorkspace& w, void* 
   const Grid keys = grid_of(p, packed ? p.max_seqlen + 7 : p.columns, S::kKeys, p.kv_heads);
   if (keys.blocks * keys.sequences > 0) {
     launch("attention_backward", {blocks_of(keys), dim3(S::kThreads), S::kBytes, stream},
-           attention_backward<T, kWidth, kGeneral, kLarge>, inputs, keys, w, static_cast<T*>(dk), static_cast<T*>(dv));
+           attention_backward<T, kWidth, kGeneral, kLarge>, inputs, keys, w, static_cast<T*>(g.dk), static_cast<T*>(g.dv), g.dkv_row);
   }
   const Grid queries = grid_of(p, packed ? p.max_seqlen : p.rows, S::kQueries, p.heads);
   if (queries.blocks * queries.sequences > 0) {
     launch("attention_dq", {blocks_of(queries), dim3(S::kThreads), S::Tile::bytes(S::kQueries), stream},
-           attention_dq<T, kWidth, kLarge>, p, queries, w, static_cast<T*>(dq));
+           attention_dq<T, kWidth, kLarge>, p, queries, w, static_cast<T*>(g.dq), g.dq_row);
   }
 }
 
 template <class T, bool kGeneral>
-void launch_width(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
+void launch_width(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g, cudaStream_t stream) {
   using Large = Shape<T, 128, true>;
-  if (inputs.p.width <= 64) launch_both<T, 64, kGeneral, false>(inputs, w, dq, dk, dv, stream);
-  else if (max_shared_memory() >= Large::kBytes + 1024) launch_both<T, 128, kGeneral, true>(inputs, w, dq, dk, dv, stream);
-  else launch_both<T, 128, kGeneral, false>(inputs, w, dq, dk, dv, stream);
+  if (inputs.p.width <= 64) launch_both<T, 64, kGeneral, false>(inputs, w, g, stream);
+  else if (max_shared_memory() >= Large::kBytes + 1024) launch_both<T, 128, kGeneral, true>(inputs, w, g, stream);
+  else launch_both<T, 128, kGeneral, false>(inputs, w, g, stream);
 }
 
 }  // namespace
 
-void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g,
                                  cudaStream_t stream) {
   const bool general = has_general_kernel(inputs.p);
   auto with_type = [&](auto type) {
     using T = decltype(type);
-    if (general) launch_width<T, true>(inputs, w, dq, dk, dv, stream);
-    else launch_width<T, false>(inputs, w, dq, dk, dv, stream);
+    if (general) launch_width<T, true>(inputs, w, g, stream);
+    else launch_width<T, false>(inputs, w, g, stream);
   };
   inputs.p.type == DType::f16 ? with_type(__half()) : with_type(__nv_bfloat16());
 }

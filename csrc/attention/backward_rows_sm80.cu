@@ -21,7 +21,7 @@ struct Shape {
 
 template <class T, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
-    attention_backward_dq(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dq) {
+    attention_backward_dq(const __grid_constant__ BackwardInputs in, const Grid grid, T* __restrict__ dq, int64_t dq_row) {
   using S = Shape<T, kWidth>;
   using Tile = Tile<T, kWidth>;
   constexpr int kThreads = S::kThreads, kColumns = S::kColumns, kTiles = kColumns / 8;
@@ -103,12 +103,12 @@ __global__ void __launch_bounds__(Shape<T, kWidth>::kThreads)
   put_rows(q_tile, warp_tile_row, result[0], p.scale, p.scale, part * kOutTiles);
   __syncwarp();
   store_tile<S::kWarpRows>(q_tile, warp_tile_row, part * kOutChunks, kOutChunks,
-                           dq + (batch * p.rows * p.heads + head) * p.width, p.heads * p.width, warp_row, span.row, span.row_end, chunks);
+                           dq + batch * p.rows * dq_row + head * p.width, dq_row, warp_row, span.row, span.row_end, chunks);
 }
 
 }  // namespace
 
-void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream) {
+void attention_backward_rows(const BackwardInputs& inputs, const AttentionGradients& g, cudaStream_t stream) {
   const AttentionInputs& p = inputs.p;
   with_variant<true>(p, [&](auto variant) {
     using V = decltype(variant);
@@ -117,7 +117,7 @@ void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_
     const Grid grid = grid_of(p, p.cu_seqlens == nullptr ? p.rows : p.max_seqlen, S::kRows, p.heads);
     if (grid.blocks * grid.sequences == 0) return;
     launch("attention_backward_dq", {blocks_of(grid), dim3(S::kThreads), S::kBytes, stream},
-           attention_backward_dq<T, V::kWidth, V::kGeneral>, inputs, grid, static_cast<T*>(dq));
+           attention_backward_dq<T, V::kWidth, V::kGeneral>, inputs, grid, static_cast<T*>(g.dq), g.dq_row);
   });
 }
 

@@ -80,6 +80,9 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
   check_inputs(p);
   check_rows("dout", g.dout, g.dout_strides, p.batch, p.rows, p.heads, p.type);
   check_rows("out", g.out, {0, 0, 0}, 1, 1, 1, p.type);
+  check_rows("dq", g.dq, {0, g.dq_row, 0}, 1, p.batch * p.rows, 1, p.type);
+  check_rows("dk", g.dk, {0, g.dkv_row, 0}, 1, p.batch * p.columns, 1, p.type);
+  check_rows("dv", g.dv, {0, g.dkv_row, 0}, 1, p.batch * p.columns, 1, p.type);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool one_pass = attention_backward_has_one_pass(p);
   const AttentionBackwardSizes sizes = attention_backward_sizes(p);
@@ -104,12 +107,12 @@ void attention_backward_cuda(const AttentionInputs& p, const AttentionGradients&
   }
   const OnePassWorkspace one{dq, counters, counters + sizes.counters - 1};
   if (sm90) {
-    attention_backward_sm90(inputs, one, g.dq, g.dk, g.dv, cuda_stream);
+    attention_backward_sm90(inputs, one, g, cuda_stream);
   } else if (one_pass) {
-    attention_backward_one_pass(inputs, one, g.dq, g.dk, g.dv, cuda_stream);
+    attention_backward_one_pass(inputs, one, g, cuda_stream);
   } else {
-    attention_backward_rows(inputs, g.dq, cuda_stream);
-    attention_backward_columns(inputs, g.dk, g.dv, cuda_stream);
+    attention_backward_rows(inputs, g, cuda_stream);
+    attention_backward_columns(inputs, g, cuda_stream);
   }
 }
 

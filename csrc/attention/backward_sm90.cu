@@ -60,7 +60,7 @@ constexpr int kDqThreads = 256;
 // takes 8 columns of the rows g and g + 8 of one of the four warps.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kDqThreads)
-    attention_dq_sm90(const __grid_constant__ AttentionInputs p, const OnePassWorkspace w, T* __restrict__ dq) {
+    attention_dq_sm90(const __grid_constant__ AttentionInputs p, const OnePassWorkspace w, T* __restrict__ dq, int64_t dq_row) {
   using S = Shape<T, kWidth>;
   const unsigned blocks = static_cast<unsigned>((p.rows + S::kQueries - 1) / S::kQueries), heads = static_cast<unsigned>(p.heads);
   const unsigned part = blockIdx.x % 2, number = blockIdx.x / 2, head = number % heads;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kDqThreads)
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) packed[i] = pack(v[half][2 * i] * p.scale, v[half][2 * i + 1] * p.scale, T());
-    *reinterpret_cast<uint4*>(dq + ((batch * p.rows + row) * p.heads + head) * p.width + column) =
+    *reinterpret_cast<uint4*>(dq + (batch * p.rows + row) * dq_row + head * p.width + column) =
         make_uint4(packed[0], packed[1], packed[2], packed[3]);
   }
 }
@@ -101,7 +101,7 @@ TensorMap map_of(const void* data, const Strides& s, int64_t batch, int64_t rows
 }
 
 template <class T, int kWidth>
-void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv, cudaStream_t stream) {
+void run(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g, cudaStream_t stream) {
   using S = Shape<T, kWidth>;
   const AttentionInputs& p = inputs.p;
   auto queries = [&](const void* data, const Strides& s) {
@@ -110,9 +110,9 @@ void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void
   auto keys = [&](const void* data, const Strides& s, int box_rows) {
     return map_of<T>(data, s, p.batch, p.columns, p.kv_heads, p.width, box_rows);
   };
-  const Strides contiguous{p.columns * p.kv_heads * p.width, p.kv_heads * p.width, p.width};
+  const Strides dkv_strides{p.columns * g.dkv_row, g.dkv_row, p.width};
   const Maps maps{queries(p.q, p.q_strides),          keys(p.k, p.k_strides, kKeys),     keys(p.v, p.v_strides, kKeys),
-                  queries(inputs.dout, inputs.dout_strides), keys(dk, contiguous, kGroupKeys), keys(dv, contiguous, kGroupKeys)};
+                  queries(inputs.dout, inputs.dout_strides), keys(g.dk, dkv_strides, kGroupKeys), keys(g.dv, dkv_strides, kGroupKeys)};
   const Grid grid = grid_of(p, p.columns, kKeys, p.kv_heads);
   const int works = static_cast<int>(blocks_of(grid).x), sms = multiprocessors();
   auto narrow = [](int64_t n) { return static_cast<int>(n); };
@@ -136,7 +136,8 @@ void run(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void
          attention_backward_sm90<T, kWidth>, task, p.scale, inputs.lse, inputs.delta, w, maps);
   const Grid sums = grid_of(p, p.rows, S::kQueries / 2, p.heads);
   const unsigned blocks = static_cast<unsigned>(2 * task.query_blocks * sums.heads * sums.sequences);
-  launch("attention_dq", {dim3(blocks), dim3(kDqThreads), 0, stream}, attention_dq_sm90<T, kWidth>, p, w, static_cast<T*>(dq));
+  launch("attention_dq", {dim3(blocks), dim3(kDqThreads), 0, stream}, attention_dq_sm90<T, kWidth>, p, w, static_cast<T*>(g.dq),
+         g.dq_row);
 }
 
 // Strides of 16-byte multiples, as check_rows has seen; TMA wants none of 0 and none of 2^40 or more.
@@ -158,11 +159,11 @@ bool attention_backward_takes_sm90(const BackwardInputs& inputs) {
          tma_reads(inputs.dout_strides, p.batch, p.rows, p.heads, size);
 }
 
-void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g,
                              cudaStream_t stream) {
   auto with_type = [&](auto type) {
     using T = decltype(type);
-    inputs.p.width <= 64 ? run<T, 64>(inputs, w, dq, dk, dv, stream) : run<T, 128>(inputs, w, dq, dk, dv, stream);
+    inputs.p.width <= 64 ? run<T, 64>(inputs, w, g, stream) : run<T, 128>(inputs, w, g, stream);
   };
   inputs.p.type == DType::f16 ? with_type(__half()) : with_type(__nv_bfloat16());
 }

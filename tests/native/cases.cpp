@@ -91,7 +91,8 @@ void attention(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t
   p.window_left = o.left, p.window_right = o.causal ? 0 : -1, p.max_seqlen = rows;
   p.scale = 0.25f, p.softcap = o.softcap, p.type = type;
   attention_forward_cpu(p, out.data, lse.floats());
-  attention_backward_cpu(p, {out.data, lse.floats(), dout.data, p.q_strides, dlse.floats(), dq.data, dk.data, dv.data});
+  attention_backward_cpu(p, {out.data, lse.floats(), dout.data, p.q_strides, dlse.floats(), dq.data, dk.data, dv.data,
+                             heads * width, kv_heads * width});
   record("attention", {&out, &lse, &dq, &dk, &dv});
 }
 

@@ -28,14 +28,15 @@ struct OnePassWorkspace {
   uint32_t* ticket;  // how many blocks of threads have begun; 0 at first
 };
 
-void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+// g: where dq, dk and dv go.
+void attention_backward_one_pass(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g,
                                  cudaStream_t stream);
 // The same on Hopper: whether it can, and doing it. There a head's lse and delta are as long as whole blocks of 128 queries.
 bool attention_backward_takes_sm90(const BackwardInputs& inputs);
-void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, void* dq, void* dk, void* dv,
+void attention_backward_sm90(const BackwardInputs& inputs, const OnePassWorkspace& w, const AttentionGradients& g,
                              cudaStream_t stream);
-void attention_backward_rows(const BackwardInputs& inputs, void* dq, cudaStream_t stream);
-void attention_backward_columns(const BackwardInputs& inputs, void* dk, void* dv, cudaStream_t stream);
+void attention_backward_rows(const BackwardInputs& inputs, const AttentionGradients& g, cudaStream_t stream);
+void attention_backward_columns(const BackwardInputs& inputs, const AttentionGradients& g, cudaStream_t stream);
 
 // s: products q . k, which become p'; dp: products dout . v, which become ds. `lse` and `delta` are functions of (r, n, e),
 // as is `distance`, from the column that the row is aligned with. kept: bit 4 n + e of kept[r].

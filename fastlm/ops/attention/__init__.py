@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks, library, philox, registry
+from fastlm.ops import checks, library, memory, philox, registry
 from fastlm.ops.attention import native, reference, triton
 
 Window = tuple[int | None, int | None]
@@ -237,8 +237,15 @@ def _forward_fake(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options):
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=checks.statistics_dtype(q))
 
 
-def _backward_impl(dout, dlse, *arguments):
-    return registry.implementation("attention", arguments[-1]).backward(dout, dlse, *arguments[:-1])
+def _backward_impl(dout, dlse, q, k, v, *arguments):
+    gradients = memory.empty_like(q), memory.empty_like(k), memory.empty_like(v)
+    _backward_to(gradients, dout, dlse, q, k, v, *arguments)
+    return gradients
+
+
+def _backward_to(gradients, *arguments):
+    """The backend's backward writes dq, dk and dv: contiguous ones, or slices of a packed gradient (qkvpacked.py)."""
+    registry.implementation("attention", arguments[-1]).backward(*arguments[:-1], *gradients)
 
 
 def _backward_fake(dout, dlse, q, k, v, *arguments):

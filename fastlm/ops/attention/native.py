@@ -67,14 +67,18 @@ def backward(
     softcap: float,
     dropout_p: float,
     max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    width, on_cuda = q.shape[3], native.on_cuda(q)
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    on_cuda = native.on_cuda(q)
     q, k, v = _rows(q), _rows(k), _rows(v)
     if on_cuda and dout is None:
         dout = torch.zeros_like(out)
     dout = None if dout is None else _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (memory.empty_like(t) for t in (q, k, v))
+    padded = q.shape[3] != dq.shape[3]
+    written = [memory.empty_like(t) for t in (q, k, v)] if padded else [dq, dk, dv]
     out = _rows(out)
     inputs = _inputs(
         q, k, v, alibi_slopes, cu_seqlens, rng_state, scale, window_left, window_right, softcap, dropout_p, max_seqlen
@@ -82,13 +86,15 @@ def backward(
     workspace = lse.new_empty(native.C.attention_backward_workspace(*inputs)) if on_cuda else None
     native.C.attention_backward(
         on_cuda,
-        tuple(pointer(t) for t in (out, lse, dout, dlse, dq, dk, dv)),
-        (0, 0, 0) if dout is None else dout.stride()[:3],
+        tuple(pointer(t) for t in (out, lse, dout, dlse, *written)),
+        (*((0, 0, 0) if dout is None else dout.stride()[:3]), written[0].stride(1), written[1].stride(1)),
         *inputs,
         pointer(workspace),
         native.stream(q),
     )
-    return _narrowed(dq, width), _narrowed(dk, width), _narrowed(dv, width)
+    if padded:
+        for gradient, wide in zip((dq, dk, dv), written, strict=True):
+            gradient.copy_(wide[..., : gradient.shape[3]])
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -75,11 +75,13 @@ def backward(
     softcap: float,
     dropout_p: float,
     max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     wide = statistics_dtype(q)
-    dq = torch.zeros_like(q, dtype=wide, memory_format=torch.contiguous_format)
-    dk = torch.zeros_like(k, dtype=wide, memory_format=torch.contiguous_format)
-    dv = torch.zeros_like(v, dtype=wide, memory_format=torch.contiguous_format)
+    sums = [torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    dq_sum, dk_sum, dv_sum = sums
     qh, kh, vh = (t.to(wide).transpose(1, 2) for t in (q, k, v))
     if dout is not None:
         douth = dout.to(wide).transpose(1, 2)  # (B, H, T, D)
@@ -99,14 +101,15 @@ def backward(
             if rng_state is not None:
                 kept = _dropout(weights, rng_state, dropout_p, rows, columns)
                 dropped, dweights = weights * kept, dweights * kept
-            dv[:, j] += _columns(dropped, di, v.shape[2]).transpose(1, 2)
+            dv_sum[:, j] += _columns(dropped, di, v.shape[2]).transpose(1, 2)
             dscores = weights * (dweights - delta[:, :, i, None])
         if dlse is not None:
             dscores = dscores + weights * dlse[:, :, i, None].to(wide)
         dscores = dscores * scale if slope is None else dscores * (slope * scale)
-        dq[:, i] = _times(dscores, kj).transpose(1, 2)
-        dk[:, j] += _columns(dscores, qi, k.shape[2]).transpose(1, 2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        dq_sum[:, i] = _times(dscores, kj).transpose(1, 2)
+        dk_sum[:, j] += _columns(dscores, qi, k.shape[2]).transpose(1, 2)
+    for gradient, total in zip((dq, dk, dv), sums, strict=True):
+        gradient.copy_(total)
 
 
 def _blocks(

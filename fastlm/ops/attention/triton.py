@@ -112,10 +112,12 @@ def backward(
     softcap: float,
     dropout_p: float,
     max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if dout is None:  # only lse was used, which does not look at v
         dout, v = torch.zeros_like(out), torch.zeros_like(v)
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
@@ -156,6 +158,7 @@ def backward(
         *(slopes_stride, blocks, *numbers, scale, *_dropout(dropout_p)),
         *constants,
         narrow,
+        dk.stride(1),
     )
     config = ROWS.config(q.device, problem)
     blocks = cdiv(rows, config["BLOCK_M"])
@@ -168,8 +171,8 @@ def backward(
         *(slopes_stride, blocks, *numbers, scale, *_dropout(dropout_p)),
         *constants,
         described,
+        dq.stride(1),
     )
-    return dq, dk, dv
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -295,6 +298,7 @@ def _example(device: torch.device, width: int, dtype: torch.dtype, **traits: boo
         softcap, dropout_p = (30.0, 0.1) if every else (0.0, 0.0)
         options = causal, width**-0.5, 512 if every else -1, 0 if causal else -1, softcap, dropout_p, 4096
         out, lse = forward(q, k, v, slopes, ends, state, *options)
-        backward(out, lse if every else None, q, k, v, out, lse, slopes, ends, state, *options)
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        backward(out, lse if every else None, q, k, v, out, lse, slopes, ends, state, *options, *gradients)
 
     return Example(" ".join([str(width), str(dtype).removeprefix("torch."), *traits]), call)

@@ -101,7 +101,7 @@ def _gradients_of_block(
 def columns_backward(
     q, k, v, dout,  # (B, T, H, D), (B, S, H_kv, D) twice, (B, T, H, D); q, dout: or DESCRIPTORS
     lse2, delta,  # (B, H, T)
-    dk, dv,  # (B, S, H_kv, D) contiguous
+    dk, dv,  # (B, S, H_kv, D); the heads of a token lie together, and ROW elements further those of the next
     slopes, cu_seqlens, rng_state,
     stride_qz: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     stride_kz: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
@@ -112,7 +112,7 @@ def columns_backward(
     scale: tl.float32, cap: tl.float32, final_scale: tl.float32, threshold: tl.uint32, keep_scale: tl.float32,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, UNIT: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of columns of one head of k and v, over the rows of its group of heads, in order.
@@ -176,11 +176,11 @@ def columns_backward(
                 UNIT, D, D_PADDED, HAS_LEFT, HAS_RIGHT, SOFTCAP, slopes is not None, ALIGNED, PRECISION,
                 True, DESCRIPTORS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    stride_z = tl.cast(columns, tl.int64) * (HEADS * D)
-    dk_plane = plane(dk, z, kv_head, first, stride_z, D, HEADS * D, 1, False)
-    dv_plane = plane(dv, z, kv_head, first, stride_z, D, HEADS * D, 1, False)
-    store_rows(dk_plane, dk_block * final_scale, start, columns_here, HEADS * D, D, D_PADDED, BLOCK_N)
-    store_rows(dv_plane, dv_block * keep_scale, start, columns_here, HEADS * D, D, D_PADDED, BLOCK_N)
+    stride_z = tl.cast(columns, tl.int64) * ROW
+    dk_plane = plane(dk, z, kv_head, first, stride_z, D, ROW, 1, False)
+    dv_plane = plane(dv, z, kv_head, first, stride_z, D, ROW, 1, False)
+    store_rows(dk_plane, dk_block * final_scale, start, columns_here, ROW, D, D_PADDED, BLOCK_N)
+    store_rows(dv_plane, dv_block * keep_scale, start, columns_here, ROW, D, D_PADDED, BLOCK_N)
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def _gradient_of_rows(
 def rows_backward(
     q, k, v, dout,  # (B, T, H, D), (B, S, H_kv, D) twice, (B, T, H, D); k, v: or DESCRIPTORS
     lse2, delta,  # (B, H, T)
-    dq,  # (B, T, H, D) contiguous
+    dq,  # (B, T, H, D); the heads of a token lie together, and ROW elements further those of the next
     slopes, cu_seqlens, rng_state,
     stride_qz: tl.int64, stride_qt: tl.int32, stride_qh: tl.int64,
     stride_kz: tl.int64, stride_kt: tl.int32, stride_kh: tl.int64,
@@ -239,7 +239,7 @@ def rows_backward(
     scale: tl.float32, cap: tl.float32, final_scale: tl.float32, threshold: tl.uint32, keep_scale: tl.float32,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, UNIT: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of rows of one head. The grid is that of the forward kernel."""
@@ -294,5 +294,5 @@ def rows_backward(
         UNIT, D, D_PADDED, HAS_LEFT, HAS_RIGHT, SOFTCAP, slopes is not None, ALIGNED, PRECISION,
         True, DESCRIPTORS, BLOCK_N,
     )  # fmt: skip
-    dq_plane = plane(dq, z, head, first, tl.cast(rows, tl.int64) * (H * D), D, H * D, 1, False)
-    store_rows(dq_plane, dq_block * final_scale, start, rows_here, H * D, D, D_PADDED, BLOCK_M)
+    dq_plane = plane(dq, z, head, first, tl.cast(rows, tl.int64) * ROW, D, ROW, 1, False)
+    store_rows(dq_plane, dq_block * final_scale, start, rows_here, ROW, D, D_PADDED, BLOCK_M)

@@ -50,7 +50,7 @@ void run(DType type, int64_t rows, int64_t columns, int64_t heads, int64_t kv_he
   Buffer workspace(4 * attention_backward_workspace(p));
   attention_forward_cuda(p, out.block, static_cast<float*>(lse.block), nullptr);
   const AttentionGradients g{out.block,   static_cast<float*>(lse.block), dout.block, q_strides, static_cast<float*>(dlse.block),
-                             dq.block, dk.block, dv.block};
+                             dq.block, dk.block, dv.block, heads * width, kv_heads * width};
   attention_backward_cuda(p, g, static_cast<float*>(workspace.block), nullptr);
 }
 
