@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.ops import attention, philox, registry
-from fastlm.ops.attention.cases import CASES
-from fastlm.ops.case import Maker
+from fastlm.ops import attention, attention_qkvpacked, philox, registry
+from fastlm.ops.attention.cases import CASES, slices
+from fastlm.ops.case import Case, Maker
 from tests.op_suite import run
 
 
@@ -257,3 +257,78 @@ def test_opcheck_with_options(name: str) -> None:
     for func, args in calls:
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# attention_qkvpacked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.op == "attention_qkvpacked" and not c.bench], ids=str)
+def test_qkvpacked_has_the_bits_of_attention(backend: str, case: Case, dtype: torch.dtype) -> None:
+    arguments = case.build(Maker(dtype))
+    qkv, n_head, n_kv_head = (arguments.pop(name) for name in ("qkv", "n_head", "n_kv_head"))
+    if qkv.numel() == 0:
+        pytest.skip("nothing to compare")
+
+    def on_slices(qkv: Tensor) -> Tensor:
+        return attention(*slices(qkv, n_head, n_kv_head), **arguments)
+
+    def packed(qkv: Tensor) -> Tensor:
+        return attention_qkvpacked(qkv, n_head, n_kv_head, **arguments)
+
+    (out,), (dqkv,), upstream = run(packed, {"qkv": qkv})
+    (wanted,), (dqkv_wanted,), _ = run(on_slices, {"qkv": qkv}, upstream)
+    assert torch.equal(out, wanted) and torch.equal(dqkv, dqkv_wanted)
+    assert out.is_contiguous() and dqkv.is_contiguous()
+
+
+def test_qkvpacked_has_as_many_heads_of_k_and_v_unless_told_otherwise() -> None:
+    qkv = torch.randn(2, 5, 3 * 2 * 8)
+    assert torch.equal(attention_qkvpacked(qkv, 2), attention_qkvpacked(qkv, 2, 2))
+
+
+def test_qkvpacked_makes_its_gradient_in_one_op() -> None:
+    """No concatenation, no zeros, no sum."""
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    qkv = torch.randn(2, 9, 3 * 2 * 16, requires_grad=True)
+    out = attention_qkvpacked(qkv, 2, causal=True)
+    with Spy():
+        torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert [name for name in seen if "detach" not in name and "ones_like" not in name] == [
+        "fastlm::attention_qkvpacked_backward"
+    ]
+
+
+def test_qkvpacked_notices_a_projection_that_was_written_to() -> None:
+    leaf = torch.randn(2, 9, 3 * 2 * 16, requires_grad=True)
+    qkv = leaf * 1
+    out = attention_qkvpacked(qkv, 2)
+    qkv.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.randn(2, 5, 6, 8)}, r"qkv must have 3 dimensions .* got \(2, 5, 6, 8\)"),
+        ({"n_head": 5}, r"H = n_head = 5 and H_kv = n_kv_head = 1, each at least 1; got \(2, 5, 48\)"),
+        ({"n_head": 0}, "n_head = 0"),
+        ({"n_kv_head": -1}, "n_kv_head = -1"),
+        ({"n_head": 2, "n_kv_head": 3}, "heads of k and v must divide those of q, got 3 and 2"),
+        ({"qkv": torch.randn(2, 5, 0)}, "head dim must not be 0"),
+        ({"qkv": torch.ones(2, 5, 48).long()}, "must be float32, bfloat16, float16 or float64"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "packed sequences have batch 1"),
+    ],
+)
+def test_qkvpacked_bad_input(change: dict, message: str) -> None:
+    arguments = {"qkv": torch.randn(2, 5, 48), "n_head": 4, "n_kv_head": 1}
+    with pytest.raises(ValueError, match=f"attention.*: .*{message}"):
+        attention_qkvpacked(**{**arguments, **change})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastlm
 from fastlm import ops
-from fastlm.ops.attention.cases import eager_attention
+from fastlm.ops.attention.cases import eager_attention, slices
 from tests.emulator import harness
 from tests.emulator.hopper import device_of, sixteen_bit
 from tests.op_suite import check, run, wide
@@ -153,6 +153,26 @@ def test_strided_views(device: str, dtype: torch.dtype, kv_heads: int, launches:
     got = backward.gradients()
     assert launches() == 1
     backward.check(got)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("width", [40, 64, 128])
+@sixteen_bit
+def test_a_packed_gradient(
+    device: str, dtype: torch.dtype, width: int, kv_heads: int, mask: str, launches: Callable[[], int]
+) -> None:
+    """dq, dk and dv as slices of one tensor have the bits that they have alone."""
+    heads, generator = 4, torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 150, (heads + 2 * kv_heads) * width, generator=generator).to(device, dtype)
+    dout = torch.randn(2, 150, heads, width, generator=generator).to(device, dtype)
+    with fastlm.backend("cuda" if device == "cuda" else "emulator"):
+        out = ops.attention_qkvpacked(whole.requires_grad_(), heads, kv_heads, **MASKS[mask])
+        launches()
+        (packed,) = torch.autograd.grad(out, whole, dout)
+        assert launches() == 1
+        (wanted,) = torch.autograd.grad(ops.attention(*slices(whole, heads, kv_heads), **MASKS[mask]), whole, dout)
+    assert torch.equal(packed, wanted)
 
 
 def test_what_it_leaves_to_the_other_kernel(device: str, launches: Callable[[], int]) -> None:

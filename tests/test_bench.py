@@ -94,7 +94,7 @@ def small(op: str) -> Case:
     return next(case for case in all_cases() if case.op == op)
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "attention_qkvpacked", "mlp", "linear_cross_entropy"])
 def test_an_op_is_timed_and_its_numbers_checked(op: str) -> None:
     comparisons = list(ops.compare(small(op), torch.float32, "cpu", 2, 1.0, NO_COMPILER))
     assert [c.mode for c in comparisons] == [FORWARD, BACKWARD]

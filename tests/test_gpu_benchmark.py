@@ -193,6 +193,9 @@ def test_the_cost_of_a_case() -> None:
     assert cost.bytes == 4 * 64 * 8 * 4  # q, k, v and the output
     both = rates.cost_of(case, case.build(Maker()), BACKWARD)
     assert both.flops == 3 * cost.flops and both.bytes == 2 * cost.bytes
+    packed = case_of("attention_qkvpacked", "causal")
+    arguments = {"qkv": Maker().randn(1, 64, 3 * 8), "n_head": 1, "n_kv_head": 1, "causal": True}
+    assert rates.cost_of(packed, arguments, BACKWARD) == both
 
 
 def test_kernels_belong_to_the_marker_before_them() -> None:

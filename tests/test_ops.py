@@ -16,7 +16,7 @@ from fastlm.ops.triton_support import INTERPRETED
 from tests.op_suite import BACKENDS, DTYPES, check_case, differentiable, first_cases, outputs_of, run
 
 CASES = all_cases()
-SLOW_IN_THE_INTERPRETER = {"attention"}
+SLOW_IN_THE_INTERPRETER = {"attention", "attention_qkvpacked"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -92,7 +92,7 @@ def cost_of(case: Case, arguments: dict[str, Any], mode: str) -> Cost:
     with FlopCounterMode(display=False) as counter:
         call_of(eager, arguments, mode)()
     flops = float(counter.get_total_flops())
-    if arguments.get("causal") and arguments["q"].shape[1] == arguments["k"].shape[1]:
+    if arguments.get("causal") and ("qkv" in arguments or arguments["q"].shape[1] == arguments["k"].shape[1]):
         flops /= 2
     with torch.no_grad():
         result = case.eager(**case_copy(arguments))

@@ -17,6 +17,7 @@ import fastlm
 from fastlm import ops
 from fastlm.bench.timing import BASELINE, reason_of
 from fastlm.ops import registry
+from fastlm.ops.attention.cases import slices
 from fastlm.ops.case import Case
 
 
@@ -73,6 +74,9 @@ def _ours(case: Case, arguments: dict[str, Any]) -> list[Peer]:
             reason = "plain PyTorch, made to be read; it is what the others are checked against"
         peers.append(Peer(f"fastlm {name}", op, reason, lambda name=name: fastlm.backend(name)))  # type: ignore[misc]
     return peers
+
+
+_Maker = Callable[[dict[str, Any]], Callable[..., Any]]  # from a case's arguments to a function of them
 
 
 class _Unsuitable(Exception):
@@ -149,6 +153,22 @@ def _flash_attention(arguments: dict[str, Any]) -> Callable[..., Any]:
     return attention
 
 
+def _on_slices(make: _Maker) -> _Maker:
+    """A peer of attention as one of attention_qkvpacked."""
+
+    def make_packed(arguments: dict[str, Any]) -> Callable[..., Any]:
+        options = dict(arguments)
+        q, k, v = slices(*(options.pop(name) for name in ("qkv", "n_head", "n_kv_head")))
+        attention = make({"q": q, "k": k, "v": v, **options})
+
+        def attention_qkvpacked(qkv: Tensor, n_head: int, n_kv_head: int, **options: Any) -> Tensor:
+            return attention(*slices(qkv, n_head, n_kv_head), **options)
+
+        return attention_qkvpacked
+
+    return make_packed
+
+
 def _liger(arguments: dict[str, Any]) -> Any:
     module = library("liger_kernel.transformers.functional")
     if not next(iter(arguments.values())).is_cuda:
@@ -203,10 +223,15 @@ def _liger_loss(arguments: dict[str, Any]) -> Callable[..., Any]:
     return loss
 
 
-_Makers = dict[str, dict[str, Callable[[dict[str, Any]], Callable[..., Any]]]]
-_TORCH: _Makers = {"attention": {"sdpa": _sdpa}, "adamw_": {"torch fused": _torch_fused_adamw}}
+_Makers = dict[str, dict[str, _Maker]]
+_TORCH: _Makers = {
+    "attention": {"sdpa": _sdpa},
+    "attention_qkvpacked": {"sdpa": _on_slices(_sdpa)},
+    "adamw_": {"torch fused": _torch_fused_adamw},
+}
 _LIBRARIES: _Makers = {
     "attention": {"flash-attn": _flash_attention},
+    "attention_qkvpacked": {"flash-attn": _on_slices(_flash_attention)},
     "layer_norm": {"liger": _liger_layer_norm},
     "rms_norm": {"liger": _liger_rms_norm},
     "mlp": {"liger": _liger_mlp},

@@ -2,6 +2,7 @@
 
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
+from fastlm.ops.attention.qkvpacked import attention_qkvpacked
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.embedding import embedding
 from fastlm.ops.grad_norm import grad_norm
@@ -17,6 +18,7 @@ from fastlm.ops.sample import sample
 __all__ = [
     "adamw_",
     "attention",
+    "attention_qkvpacked",
     "decode_attention",
     "embedding",
     "explain",

@@ -181,4 +181,5 @@ def register() -> None:
     registry.register_implementation("decode_attention", NAME, Emulated(decode_attention))
     registry.register_implementation("sample", NAME, Emulated(sample))
     registry.register_implementation("linear_cross_entropy", NAME, Emulated(linear_cross_entropy))
-    registry.register_implementation("attention", NAME, Emulated(attention))
+    for op in ("attention", "attention_qkvpacked"):
+        registry.register_implementation(op, NAME, Emulated(attention))

@@ -1,4 +1,4 @@
-"""Cases of attention, for tests and benchmarks."""
+"""Cases of attention and attention_qkvpacked, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -115,8 +115,39 @@ def _build(
     return build
 
 
+def slices(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, ...]:
+    """q, k and v of a packed projection, (B, T, heads, D)."""
+    return qkv.unflatten(2, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), 2)
+
+
+def eager_attention_qkvpacked(qkv: Tensor, n_head: int, n_kv_head: int, **options) -> Tensor:
+    return eager_attention(*slices(qkv, n_head, n_kv_head), **options)
+
+
+def _build_qkvpacked(layout="", **options):
+    build = _build(**options)
+
+    def packed(make: Maker) -> dict:
+        arguments = build(make)
+        q, k, v = (arguments.pop(name) for name in "qkv")
+        qkv = torch.cat((q, k, v), 2).flatten(2)
+        if layout == "length-first":
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+        elif layout == "slice":  # of something wider, whose base and rows are not aligned
+            qkv = torch.nn.functional.pad(qkv, (1, 2))[..., 1:-2]
+        elif layout == "odd-strides":  # last dimension not contiguous
+            qkv = torch.stack((qkv, qkv), -1)[..., 1]
+        return {"qkv": qkv, "n_head": q.shape[2], "n_kv_head": k.shape[2], **arguments}
+
+    return packed
+
+
 def _case(name: str, *traits: str, bench: bool = False, **options) -> Case:
     return Case("attention", name, _build(**options), eager_attention, bench, frozenset(traits))
+
+
+def _qkvpacked(name: str, *, bench: bool = False, **options) -> Case:
+    return Case("attention_qkvpacked", name, _build_qkvpacked(**options), eager_attention_qkvpacked, bench)
 
 
 CASES = [
@@ -206,4 +237,35 @@ CASES = [
     _case("llama-1x512", bench=True, batch=1, length=512, heads=16, kv_heads=4, width=128, causal=True),
     _case("llama-decode", bench=True, batch=1, length=1, columns=2048, heads=32, kv_heads=8, width=128, causal=True),
     _case("packed-4x256", bench=True, batch=1, lengths=(100, 412, 256, 256), heads=12, causal=True),
+    _qkvpacked("causal", causal=True),
+    _qkvpacked("gqa", heads=6, kv_heads=2, causal=True),
+    _qkvpacked("mqa-full", heads=3, kv_heads=1, length=40, width=128),
+    _qkvpacked("long", batch=1, length=300, heads=1, causal=True),
+    _qkvpacked("width-20", heads=3, width=20, causal=True),
+    _qkvpacked("width-77", length=18, width=77),
+    _qkvpacked("width-256", length=21, kv_heads=1, width=256, causal=True),
+    _qkvpacked("empty-batch", batch=0, causal=True),
+    _qkvpacked("no-rows", length=0),
+    _qkvpacked("window", heads=4, kv_heads=2, length=90, window=(16, 5)),
+    _qkvpacked("dropout", length=45, heads=4, kv_heads=2, dropout_p=0.25, causal=True),
+    _qkvpacked("sequences", batch=1, lengths=(13, 0, 40, 26), heads=4, kv_heads=2, causal=True),
+    _qkvpacked("length-first", layout="length-first", causal=True, width=24),
+    _qkvpacked("slice", layout="slice", heads=4, kv_heads=2, causal=True),
+    _qkvpacked("odd-strides", layout="odd-strides", causal=True, width=24),
+    _qkvpacked(
+        "every-option",
+        batch=1,
+        lengths=(31, 0, 44, 2),
+        max_seqlen=44,
+        heads=4,
+        kv_heads=1,
+        width=80,
+        causal=True,
+        window=(21, None),
+        softcap=4.0,
+        alibi="heads",
+        dropout_p=0.2,
+        scale=0.2,
+    ),
+    _qkvpacked("gpt2-4x256", bench=True, batch=4, length=256, heads=12, causal=True),
 ]
