@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm import ops
 from fastlm.nn import alibi_slopes
 from fastlm.nn.rotary import RopeScaling, rotary_frequencies
+from fastlm.ops.attention.cases import slices
 from tests import textbook_gpt
 
 TINY = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -187,6 +189,32 @@ def test_compiles_in_one_graph(changes):
     torch.testing.assert_close(loss, expected)
     for p, grad in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "attention_dropout": 0.2}], ids=["gpt2", "gqa"])
+def test_the_gradient_of_a_projection_is_made_in_place(changes, monkeypatch):
+    """Without a concatenation, and with its bits."""
+    seen = set()
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def gradients():
+        model = tiny(**changes)
+        model(tokens(), tokens(seed=2))[1].backward()
+        return [p.grad for p in model.parameters()]
+
+    with Spy():
+        found = gradients()
+    assert "fastlm::attention_qkvpacked_backward" in seen
+    assert not {"aten::cat", "fastlm::attention_backward"} & seen
+    monkeypatch.setattr(
+        ops, "attention_qkvpacked", lambda qkv, *heads, **options: ops.attention(*slices(qkv, *heads), **options)
+    )
+    for a, b in zip(found, gradients(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_tied_head_is_one_parameter():

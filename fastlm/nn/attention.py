@@ -36,7 +36,8 @@ class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention, causal unless told otherwise.
 
     `qkv` is one projection; its rows are the queries of all heads, then the keys, then the values. Attention reads the
-    three as views of its result, without a copy (in training rotary positions write new queries and keys).
+    three as views of its result, without a copy, and writes their gradients into one (in training rotary positions
+    write new queries and keys, and autograd concatenates the gradients).
     """
 
     def __init__(
@@ -82,11 +83,7 @@ class Attention(nn.Module):
             cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
             cache: keys and values of the tokens before; those of x are appended under `layer`.
         """
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
-        # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
-            q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
+        qkv = self.qkv(x)  # (B, T, (H + 2 H_kv) D)
         options: dict[str, Any] = {
             "causal": self.causal,
             "scale": self.scale,
@@ -97,10 +94,18 @@ class Attention(nn.Module):
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
         }
-        if cache is None:
-            y = ops.attention(q, k, v, **options)  # (B, T, H, D)
+        if rotation is None and cache is None:
+            y = ops.attention_qkvpacked(qkv, self.n_head, self.n_kv_head, **options)  # (B, T, H, D)
         else:
-            y = cache.attention(layer, q, k, v, **options)
+            heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
+            # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
+            q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+            if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
+                q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
+            if cache is None:
+                y = ops.attention(q, k, v, **options)
+            else:
+                y = cache.attention(layer, q, k, v, **options)
         return self.proj(y.flatten(2))
 
     def extra_repr(self) -> str:
