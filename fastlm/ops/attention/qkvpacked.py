@@ -98,7 +98,8 @@ def _heads(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, ...]:
     """q (B, T, H, D), k and v (B, T, H_kv, D), or their gradients, as slices of the packed tensor."""
     batch, length, width = qkv.shape
     heads = n_head + 2 * n_kv_head
-    return qkv.view(batch, length, heads, width // heads).split((n_head, n_kv_head, n_kv_head), 2)
+    rows = qkv.view(batch, length, heads, width // heads)
+    return rows.split_with_sizes((n_head, n_kv_head, n_kv_head), 2)  # `split` costs twice as much
 
 
 class _AttentionQKVPacked(torch.autograd.Function):
