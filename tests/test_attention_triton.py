@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.ops import attention, registry
+from fastlm.ops import attention, attention_qkvpacked, registry
 from fastlm.ops.attention import triton
+from fastlm.ops.attention.cases import slices
 from fastlm.ops.triton_support import INTERPRETED
 
 COMPILE = """
@@ -51,6 +52,21 @@ def test_descriptors_read_what_pointers_read(monkeypatch: pytest.MonkeyPatch) ->
             results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     for pointers, descriptors in zip(*results, strict=True):
         assert torch.equal(pointers, descriptors)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compares with tensors on the CPU")
+@pytest.mark.parametrize("lengths", [(), (13, 0, 27)], ids=["batch", "sequences"])
+def test_a_packed_gradient_has_the_bits_of_three(lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1 if lengths else 2, 40, (4 + 2 * 2) * 24, generator=generator).bfloat16().requires_grad_()
+    ends = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
+    with fastlm.backend("triton"):
+        out = attention_qkvpacked(qkv, 4, 2, causal=True, cu_seqlens=ends)
+        upstream = torch.randn(out.shape, generator=generator).bfloat16()
+        (packed,) = torch.autograd.grad(out, qkv, upstream)
+        out = attention(*slices(qkv, 4, 2), causal=True, cu_seqlens=ends)
+        (wanted,) = torch.autograd.grad(out, qkv, upstream)
+    assert torch.equal(packed, wanted)
 
 
 def test_what_it_refuses() -> None:
