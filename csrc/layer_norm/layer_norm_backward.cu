@@ -19,7 +19,12 @@ constexpr int kMaxWarps = kVectors == 1 ? 24 : 16;
 template <int kVectors>
 constexpr int64_t kMaxCols = int64_t{32} * kVector * kVectors * kMaxWarps<kVectors>;  // 6144, 8192
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of the kernel that counts rows in 32 bits
-constexpr int kBlocksPerSm = 3;  // of 256 threads at 80 registers; each block's partial sums are a row of the workspace
+
+// Blocks that a multiprocessor holds, of so many warps; at most kBlocksPerSm, since blocks have five warps and more. Each
+// one's partial sums are a row of the workspace.
+constexpr int kBlocksPerSm = 4;
+template <int kVectors>
+int blocks_per_sm(int warps) { return std::max(1, std::min(kBlocksPerSm, kMaxWarps<kVectors> / warps)); }
 
 int64_t partial_rows(int64_t rows, int sms) { return std::min<int64_t>(rows, int64_t{kBlocksPerSm} * sms); }
 
@@ -258,8 +263,7 @@ bool all_vector_aligned(const LayerNormBackward& p) {
 template <class X, class H, class W, int kVectors>
 int64_t launch_in_registers(const LayerNormBackward& p, int sms, cudaStream_t stream) {
   const RowGroups groups = row_groups(p.cols, kVectors, 8);
-  // A block of more than 256 threads takes the registers of a whole SM, or nearly.
-  const int64_t resident = int64_t{sms} * (groups.threads() <= 256 ? kBlocksPerSm : 1);
+  const int64_t resident = int64_t{sms} * blocks_per_sm<kVectors>(groups.threads() / 32);
   const int64_t blocks = std::min(ceil_div(p.rows, groups.rows), resident);
   const size_t shared = groups.rows > 1 ? 2 * p.cols * sizeof(float) : 0;
   launch("layer_norm_backward_in_registers", {dim3(blocks), dim3(groups.threads()), shared, stream},
