@@ -81,6 +81,8 @@ def attention() -> None:
             with torch.no_grad():
                 line(f"{title}, forward", functools.partial(function, *inputs), flops)
             line(f"{title}, forward + backward", functools.partial(gradients, function, inputs, upstream), 3.5 * flops)
+            again = functools.partial(torch.autograd.grad, function(*inputs), inputs, upstream, retain_graph=True)
+            line(f"{title}, backward", again, 2.5 * flops)
 
 
 def products() -> None:
