@@ -33,7 +33,7 @@ def kernel(activation: str, rows: int, cols: int, dtype: torch.dtype) -> list[Te
     code = mlp_native.CODE[activation], native.DTYPE_CODE[dtype]
     native.C.activation_forward(pre.data_ptr(), bias.data_ptr(), hidden.data_ptr(), rows, cols, *code)
     dpre = torch.empty_like(pre)
-    dbias = mlp_native._activate_backward(pre, dhidden, dpre, again, activation, True)
+    dbias = mlp_native._activate_backward(pre, dhidden, dpre, again, activation, True, dtype)
     assert dbias is not None
     return [pre, hidden, dpre, again, dbias]
 

@@ -121,7 +121,7 @@ void activation(int64_t rows, int64_t cols, Activation a, DType type) {
   Tensor dhidden(rows * cols, type, 3), dpre(rows * wide, type), dbias(wide, type);
   Tensor workspace(activation_backward_workspace_cpu(rows, wide), f32);
   activation_forward_cpu({pre.data, bias.data, hidden.data, rows, cols, a, type});
-  activation_backward_cpu({pre.data, dhidden.data, dpre.data, again.data, dbias.data, workspace.floats(), rows, cols, a, type});
+  activation_backward_cpu({pre.data, dhidden.data, dpre.data, again.data, dbias.data, workspace.floats(), rows, cols, a, type, type});
   record("activation", {&pre, &hidden, &again, &dpre, &dbias});
 }
 
