@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.autograd import profiler as _profiler
+from torch.compiler import is_compiling as _is_compiling
 
 LIBRARY = torch.library.Library("fastlm", "DEF")
 
@@ -27,11 +28,11 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, float, int,
 
 def watched() -> bool:
     """Whether somebody looks at calls from outside, and raw ops therefore go through the dispatcher."""
-    return bool(
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _peek_interpreter_stack() is not None  # functorch: vmap, grad
-        or torch.autograd.profiler._is_profiler_enabled
+    return (
+        _is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()  # vmap, grad
+        or _profiler._is_profiler_enabled
     )
 
 

@@ -113,43 +113,45 @@ def _run(
     if compiled.takes_tensors():
         results = compiled.C.layer_norm_forward_torch(x, weight, bias, residual, eps, rms, recorded)
         if results is not None:
-            return _record(x, weight, bias, residual, eps, rms, "cpu", results) if recorded else results
+            return _record(x, weight, bias, residual, (eps, rms, "cpu", results)) if recorded else results
     call = _prepare(op, x, weight, bias, eps, residual, rms)
     backend = registry.choose(op, x.device.type, call)
     if recorded:
-        return _LayerNorm.apply(*call, backend, None)
+        return _LayerNorm.apply(x, weight, bias, residual, (eps, rms, backend, None))
     y, h, _ = _forward(*call, backend)
     return y if residual is None else (y, h)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, rms, backend, results):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, residual, call):  # type: ignore[override]
+        # The rest is one argument and one attribute: beside a large kernel, whose data has filled the caches, each
+        # object that is touched costs a microsecond.
+        eps, rms, backend, results = call
         y, h, statistics = results or _forward(x, weight, bias, residual, eps, rms, backend)
-        ctx.has_residual = residual is not None
-        ctx.has_bias, ctx.rms, ctx.backend = bias is not None, rms, backend
-        ctx.save_for_backward(h if ctx.has_residual else x, weight, statistics)
+        has_residual = residual is not None
+        ctx.call = has_residual, bias is not None, rms, backend
+        ctx.save_for_backward(h if has_residual else x, weight, statistics)
         ctx.set_materialize_grads(False)
-        return (y, h) if ctx.has_residual else y
+        return (y, h) if has_residual else y
 
     @staticmethod
     @library.once_differentiable
     def backward(ctx, dy, dh=None):  # type: ignore[override]
+        has_residual, has_bias, rms, backend = ctx.call
         h, weight, statistics = ctx.saved_tensors
         if dy is None:  # only h was used
-            return dh, None, None, dh, None, None, None, None
-        if ctx.backend == "cpu" and not library.watched() and compiled.reads_tensors():
-            gradients = compiled.C.layer_norm_backward_torch(
-                dy, dh, h, weight, statistics, ctx.has_bias, ctx.has_residual
-            )
+            return dh, None, None, dh, None
+        if backend == "cpu" and not library.watched() and compiled.reads_tensors():
+            gradients = compiled.C.layer_norm_backward_torch(dy, dh, h, weight, statistics, has_bias, has_residual)
             if gradients is not None:
-                return *gradients, None, None, None, None
-        dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, statistics, ctx.has_bias, ctx.rms, ctx.backend)
-        if ctx.has_residual:
+                return *gradients, None
+        dx, dresidual, dweight, dbias = _backward(dy, dh, h, weight, statistics, has_bias, rms, backend)
+        if has_residual:
             dresidual = dx if h.dtype == dy.dtype else dresidual
         else:
             dresidual = None
-        return dx, dweight, dbias if ctx.has_bias else None, dresidual, None, None, None, None
+        return dx, dweight, dbias if has_bias else None, dresidual, None
 
 
 _record = library.apply_of(_LayerNorm)
