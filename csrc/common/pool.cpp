@@ -29,7 +29,8 @@ size_t default_limit() {
 struct Hole {
   size_t bytes;
   bool kept;
-  uint64_t time;  // of the last gift in it
+  uint64_t time;          // of the last gift in it
+  bool young_at_the_top;  // the last gift lies at its high end, not at its low one
 };
 using Holes = std::map<char*, Hole>;
 
@@ -68,14 +69,15 @@ void add(Pool& p, char* start, Hole hole) {
   const auto one = [&](char* border, const Hole& other) { return other.kept == hole.kept && !p.regions.count(border); };
   auto next = p.holes.upper_bound(start);
   if (next != p.holes.end() && start + hole.bytes == next->first && one(next->first, next->second)) {
-    hole = {hole.bytes + next->second.bytes, hole.kept, std::max(hole.time, next->second.time)};
+    const Hole& other = next->second;
+    hole = {hole.bytes + other.bytes, hole.kept, std::max(hole.time, other.time), other.time > hole.time};
     next = p.holes.erase(next);
   }
   if (next != p.holes.begin()) {
     const auto previous = std::prev(next);
     Hole& other = previous->second;
     if (previous->first + other.bytes == start && one(start, other)) {
-      other = {other.bytes + hole.bytes, hole.kept, std::max(hole.time, other.time)};
+      other = {other.bytes + hole.bytes, hole.kept, std::max(hole.time, other.time), hole.time > other.time};
       return;
     }
   }
@@ -86,24 +88,25 @@ bool add_region(Pool& p, size_t wanted) {
   for (const size_t bytes : {rounded_up(std::max(wanted, kRegion), kHugePage), rounded_up(wanted, kHugePage)}) {
     if (char* const start = map(bytes)) {
       p.regions.emplace(start, bytes);
-      p.holes.emplace(start, Hole{bytes, false, 0});
+      p.holes.emplace(start, Hole{bytes, false, 0, false});
       return true;
     }
   }
   return false;
 }
 
-// The low end of `hole`, which is large enough.
-char* carve(Pool& p, Holes::iterator hole, size_t wanted) {
-  char* const start = hole->first;
-  const Hole rest{hole->second.bytes - wanted, hole->second.kept, hole->second.time};
-  p.holes.erase(hole);
-  if (rest.bytes > 0) p.holes.emplace(start + wanted, rest);
-  return start;
+// The high end of `at`, or its low end; it is large enough.
+char* carve(Pool& p, Holes::iterator at, size_t wanted, bool high) {
+  char* const start = at->first;
+  Hole rest = at->second;
+  rest.bytes -= wanted;
+  p.holes.erase(at);
+  if (rest.bytes > 0) p.holes.emplace(high ? start : start + wanted, rest);
+  return high ? start + rest.bytes : start;
 }
 
-// From kept memory: from the smallest hole that is large enough; of equal ones from the youngest, which is the likeliest
-// to be in a cache. Null: there is none.
+// From kept memory: from the smallest hole that is large enough; of equal ones from the youngest, and from its younger
+// end, which is the likeliest to be in a cache. Null: there is none.
 char* take_kept(Pool& p, size_t wanted) {
   auto best = p.holes.end();
   for (auto it = p.holes.begin(); it != p.holes.end(); ++it) {
@@ -116,7 +119,7 @@ char* take_kept(Pool& p, size_t wanted) {
   }
   if (best == p.holes.end()) return nullptr;
   p.state.unused -= wanted;
-  return carve(p, best, wanted);
+  return carve(p, best, wanted, best->second.young_at_the_top);
 }
 
 // From a hole without memory and the kept one that ends where it begins, so that the least memory is new. Null: no hole
@@ -136,7 +139,7 @@ char* take_fresh(Pool& p, size_t wanted) {
   }
   if (best == p.holes.end()) return nullptr;
   char* const start = best->first - most;
-  carve(p, best, wanted - most);
+  carve(p, best, wanted - most, false);
   if (most > 0) p.holes.erase(start);
   p.state.unused -= most;
   return start;
@@ -151,14 +154,14 @@ void shrink(Pool& p, std::unique_lock<std::mutex>& lock, size_t limit) {
       if (it->second.kept && (oldest == p.holes.end() || it->second.time < oldest->second.time)) oldest = it;
     }
     const size_t bytes = std::min(rounded_up(p.state.unused - limit, kGranule), oldest->second.bytes);
-    out.emplace_back(carve(p, oldest, bytes), bytes);
+    out.emplace_back(carve(p, oldest, bytes, false), bytes);
     p.state.unused -= bytes;
   }
   lock.unlock();
   for (const auto& [start, bytes] : out) madvise(start, bytes, MADV_DONTNEED);
   lock.lock();
   for (const auto& [start, bytes] : out) {
-    add(p, start, Hole{bytes, false, 0});
+    add(p, start, Hole{bytes, false, 0, false});
     const auto region = std::prev(p.regions.upper_bound(start));
     const auto hole = p.holes.find(region->first);
     if (hole == p.holes.end() || hole->second.kept || hole->second.bytes != region->second) continue;
@@ -203,7 +206,7 @@ void pool_give(PoolBlock block) noexcept {
   std::unique_lock<std::mutex> lock(p.mutex);
   p.state.used -= block.bytes;
   p.state.unused += block.bytes;
-  add(p, static_cast<char*>(block.data), Hole{block.bytes, true, ++p.time});
+  add(p, static_cast<char*>(block.data), Hole{block.bytes, true, ++p.time, false});
   if (p.state.unused > p.state.limit) shrink(p, lock, p.state.limit);
 }
 
