@@ -50,6 +50,14 @@ float* partial(const DecodeAttention& p, int64_t b, int64_t part, int64_t head) 
   return p.workspace + ((b * decode_parts(p.capacity) + part) * p.heads + head) * p.rows * (p.width + 2);
 }
 
+// The rows of a head lie far apart, so the processor's own prefetcher does not find the next one.
+constexpr int64_t kRowsAhead = 8;
+template <class T>
+[[gnu::always_inline]] inline void fetch_row(const T* rows, const int64_t* offsets, int64_t j, int64_t n, int64_t width) {
+  const T* row = rows + offsets[std::min(j + kRowsAhead, n - 1)];
+  for (int64_t d = 0; d < width; d += kLine / sizeof(T)) prefetch(row + d);
+}
+
 template <class T>
 float dot(const float* q, const T* k, int64_t width) {
   Vec sums[kSums] = {zero(), zero(), zero(), zero()};
@@ -92,6 +100,7 @@ void weighted_sum(const float* weights, const int64_t* offsets, const T* v, int6
   for (; d + kRegisters * Vec::size <= width; d += kRegisters * Vec::size) {
     Vec sums[kRegisters] = {zero(), zero(), zero(), zero()};
     for (int64_t j = 0; j < n; ++j) {
+      fetch_row(v + d, offsets, j, n, kRegisters * Vec::size);
       const Vec w = set1(weights[j]);
       const T* row = v + offsets[j] + d;
       for (int64_t i = 0; i < kRegisters; ++i) sums[i] = fma(w, load(row + i * Vec::size), sums[i]);
@@ -129,10 +138,16 @@ void work_on(const DecodeAttention& p, int64_t b, int64_t part, int64_t kv_head,
     const T* k = static_cast<const T*>(p.k);
     if constexpr (Products<T>::pairs) {
       const T* row = static_cast<const T*>(p.q) + q_offset;
-      for (int64_t j = 0; j < n; ++j) s[j] = dot_in_place(row, k + k_offsets[j], p.width) * p.scale;
+      for (int64_t j = 0; j < n; ++j) {
+        fetch_row(k, k_offsets, j, n, p.width);
+        s[j] = dot_in_place(row, k + k_offsets[j], p.width) * p.scale;
+      }
     } else {
       read_row(p.q, p.type, q_offset, p.width, q);
-      for (int64_t j = 0; j < n; ++j) s[j] = dot(q, k + k_offsets[j], p.width) * p.scale;
+      for (int64_t j = 0; j < n; ++j) {
+        fetch_row(k, k_offsets, j, n, p.width);
+        s[j] = dot(q, k + k_offsets[j], p.width) * p.scale;
+      }
     }
     if (p.softcap > 0.0f) {
       over_row(n, [&](auto at, int64_t c, int) {

@@ -24,8 +24,9 @@ int64_t id_of(const EmbeddingForward& p, int64_t i) {
 
 template <class T>
 void sum_segment(const EmbeddingBackward& p, int64_t begin, int64_t end, float* run, float* total) {
-  const auto add = [&](const auto* row, float* to, bool first) {
+  const auto add = [&](const auto* row, float* to, const T* next, bool first) {
     over_row(p.cols, [&](auto at, int64_t c, int) {
+      prefetch(next + c);
       at.store(to + c, first ? at.load(row + c) : at.load(to + c) + at.load(row + c));
     });
   };
@@ -33,8 +34,11 @@ void sum_segment(const EmbeddingBackward& p, int64_t begin, int64_t end, float* 
   for (int64_t first = begin; first < end; first += kRun) {
     const int64_t last = std::min(end, first + kRun);
     float* to = first == begin ? total : run;
-    for (int64_t i = first; i < last; ++i) add(dy + p.order[i] * p.dy_stride, to, i == first);
-    if (first != begin) add(run, total, false);
+    for (int64_t i = first; i < last; ++i) {
+      const T* next = dy + p.order[std::min(i + 1, p.count - 1)] * p.dy_stride;
+      add(dy + p.order[i] * p.dy_stride, to, next, i == first);
+    }
+    if (first != begin) add(run, total, dy + p.order[std::min(last, p.count - 1)] * p.dy_stride, false);
   }
   T* out = static_cast<T*>(p.dweight) + p.keys[begin] * p.cols;
   over_row(p.cols, [&](auto at, int64_t c, int) { at.store(out + c, at.load(total + c)); });
@@ -51,6 +55,9 @@ void embedding_forward_cpu(const EmbeddingForward& p) {
   const int64_t bytes = p.cols * size_of(p.type), stride = p.weight_stride * size_of(p.type);
   parallel_for(p.count, std::max<int64_t>(1, kGrain / p.cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      const char* next = static_cast<const char*>(p.weight) + id_of(p, std::min(i + 1, p.count - 1)) * stride;
+      char* y = static_cast<char*>(p.y) + (i + 1) * bytes;
+      for (int64_t k = 0; k < bytes; k += kLine) prefetch(next + k), prefetch_to_write(y + k);
       std::memcpy(static_cast<char*>(p.y) + i * bytes, static_cast<const char*>(p.weight) + id_of(p, i) * stride, bytes);
     }
   });

@@ -29,12 +29,17 @@ void forward_rows(const ActivationForward& p, int64_t begin, int64_t end) {
     if (!is_gated(p.activation)) {
       T* pre = static_cast<T*>(p.pre) + row * cols;
       over_row(cols, [&](auto at, int64_t i, int) {
+        fetch_ahead_to_write(pre + i);
+        fetch_ahead_to_write(hidden + i);
         at.store(hidden + i, Act::value(add_bias(at, pre + i, bias ? bias + i : nullptr)));
       });
     } else {
       T* gate = static_cast<T*>(p.pre) + row * 2 * cols;
       T* up = gate + cols;
       over_row(cols, [&](auto at, int64_t i, int) {
+        fetch_ahead_to_write(gate + i);
+        fetch_ahead_to_write(up + i);
+        fetch_ahead_to_write(hidden + i);
         const Vec g = add_bias(at, gate + i, bias ? bias + i : nullptr);
         const Vec u = add_bias(at, up + i, bias ? bias + cols + i : nullptr);
         at.store(hidden + i, Act::value(g) * u);
@@ -58,6 +63,10 @@ void backward_rows(const ActivationBackward& p, int64_t begin, int64_t end, floa
       const T* pre = static_cast<const T*>(p.pre) + row * cols;
       T* dpre = static_cast<T*>(p.dpre) + row * cols;
       over_row(cols, [&](auto at, int64_t i, int) {
+        fetch_ahead(pre + i);
+        fetch_ahead(dhidden + i);
+        fetch_ahead_to_write(dpre + i);
+        if (hidden != nullptr) fetch_ahead_to_write(hidden + i);
         const ValueSlope a = Act::both(at.load(pre + i));
         const Vec d = at.load(dhidden + i) * a.slope;
         if (hidden != nullptr) at.store(hidden + i, a.value);
@@ -68,6 +77,12 @@ void backward_rows(const ActivationBackward& p, int64_t begin, int64_t end, floa
       const T* up = gate + cols;
       T* dgate = static_cast<T*>(p.dpre) + row * 2 * cols;
       over_row(cols, [&](auto at, int64_t i, int) {
+        fetch_ahead(gate + i);
+        fetch_ahead(up + i);
+        fetch_ahead(dhidden + i);
+        fetch_ahead_to_write(dgate + i);
+        fetch_ahead_to_write(dgate + cols + i);
+        if (hidden != nullptr) fetch_ahead_to_write(hidden + i);
         const ValueSlope a = Act::both(at.load(gate + i));
         const Vec d = at.load(dhidden + i), u = at.load(up + i);
         if (hidden != nullptr) at.store(hidden + i, a.value * u);

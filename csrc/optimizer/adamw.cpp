@@ -22,6 +22,10 @@ void update(const AdamWTensor& t, const AdamWConstants& c, int64_t begin, int64_
   const G* grad = static_cast<const G*>(t.grad);
   bf16* shadow = static_cast<bf16*>(t.shadow);
   const auto step = [&](auto at, int64_t i) {
+    fetch_ahead(grad + i);
+    fetch_ahead_to_write(param + i);
+    fetch_ahead_to_write(t.exp_avg + i);
+    fetch_ahead_to_write(t.exp_avg_sq + i);
     const Vec g = at.load(grad + i) * set1(c.grad_scale);
     const Vec m = fma(set1(c.beta1), at.load(t.exp_avg + i), set1(c.one_minus_beta1) * g);
     const Vec v = fma(set1(c.beta2), at.load(t.exp_avg_sq + i), set1(c.one_minus_beta2) * g * g);

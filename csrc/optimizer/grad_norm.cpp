@@ -17,6 +17,7 @@ double squares(const GradNormTensor& t, int64_t begin, int64_t end) {
     const auto* data = static_cast<const decltype(type)*>(t.data) + begin;
     Vec sums[kSums] = {zero(), zero(), zero(), zero()};
     over_row(end - begin, [&](auto at, int64_t i, int k) {
+      fetch_ahead(data + i);
       const Vec g = at.load(data + i);
       sums[k] = fma(g, g, sums[k]);
     });

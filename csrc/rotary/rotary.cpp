@@ -62,6 +62,10 @@ void turn_token(const Rotary& p, const RotaryTensor& tensor, int64_t b, int64_t 
   for (int64_t h = 0; h < tensor.heads; ++h) {
     const T* x = static_cast<const T*>(tensor.x) + b * tensor.x_batch + t * tensor.x_row + h * tensor.x_head;
     T* y = static_cast<T*>(tensor.y) + b * tensor.y_batch + t * tensor.y_row + h * tensor.y_head;
+    for (int64_t i = 0; i < p.width; i += kLine / sizeof(T)) {
+      if (x != y) fetch_ahead(x + i);
+      fetch_ahead_to_write(y + i);
+    }
     if (p.interleaved) {
       turn_interleaved(x, y, cos, sin, sign, p.pairs);
     } else {
