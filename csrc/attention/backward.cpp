@@ -65,8 +65,10 @@ void read_statistics(const AttentionInputs& p, const AttentionGradients& g, cons
 }
 
 // Scores and dp to weights (with dropout) and scale * ds. `whole`: these are all the columns that the rows see.
-void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, bool whole,
-                   const BackwardBuffers& buffers) {
+// `fetch(column)` is called once for each column.
+template <class Fetch>
+void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, bool whole, const BackwardBuffers& buffers,
+                   const Fetch& fetch) {
   const Vec scale = set1(p.scale);
   const bool dropout = p.rng_state != nullptr, capped = p.softcap > 0.0f;
   for (int64_t i = 0; i < lanes; i += Vec::size) {
@@ -74,6 +76,7 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
     Vec delta = zero(), total = zero();
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = j * kRows + i;
+      if (i == 0) fetch(j);
       const Vec weight = exp_of_score(load(buffers.weights + at) - lse);
       store(buffers.weights + at, weight);
       Vec dweight = load(buffers.dscores + at);
@@ -100,10 +103,12 @@ void differentiate(const AttentionInputs& p, int64_t columns, int64_t lanes, boo
   }
 }
 
-// One block of rows: writes its dq, adds to dk and dv (columns x padded(D) floats) of the head.
+// One block of rows: writes its dq, adds to dk and dv (columns x padded(D) floats) of the head. `next`: the block that
+// follows.
 template <class Math>
 void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, const RowBlock& block,
-                         const Lanes& lanes, int64_t kv_head, const BackwardBuffers& buffers, float* dk, float* dv) {
+                         const Lanes& lanes, const Lanes& next, int64_t kv_head, const BackwardBuffers& buffers,
+                         float* dk, float* dv) {
   const int64_t stride = padded(p.width), rows = lanes.count;
   const auto q = Math::lanes(p.q, p.type, p.q_strides, lanes, p.width, buffers.q);
   const auto q_turned = Math::turned(q, lanes, p.width, p.scale, buffers.q_turned);
@@ -113,6 +118,12 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
   const auto dout_deep = Math::deep(dout, rows, p.width, buffers.dout_deep);
   read_statistics(p, g, lanes, buffers);
   std::fill(buffers.dq, buffers.dq + rows * stride, 0.0f);
+  const Strides out_strides{p.rows * p.heads * p.width, p.heads * p.width, p.width};
+  const Fetcher next_q(p.q, p.type, p.q_strides, lanes.batch, 0, p.width);
+  const Fetcher next_dout(g.dout == nullptr ? g.out : g.dout, p.type, g.dout_strides, lanes.batch, 0, p.width);
+  const Fetcher next_out(g.out, p.type, out_strides, lanes.batch, 0, p.width);
+  const Fetcher next_k(p.k, p.type, p.k_strides, lanes.batch, kv_head, p.width);
+  const Fetcher next_v(p.v, p.type, p.v_strides, lanes.batch, kv_head, p.width);
   for (int64_t j0 = block.first_column; j0 < block.end_column; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, block.end_column - j0);
     const bool partial = !sees_all(p, block, j0, columns);
@@ -131,7 +142,13 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
     product<Layout::rows>(columns, lanes.padded, p.width, v.data, v.stride, dout_turned.data, dout_turned.stride,
                           buffers.dscores, kRows, false, columns_seen);
     if (p.rng_state != nullptr) dropout_factors(p, lanes, j0, columns, buffers.keep);
-    differentiate(p, columns, lanes.padded, columns == block.end_column - block.first_column, buffers);
+    const auto fetch = [&](int64_t j) __attribute__((always_inline)) {  // see prefetch()
+      const int64_t column = j0 + kColumns + j;
+      if (column < p.columns) next_k.fetch(column), next_v.fetch(column);
+      if (j0 + kColumns < block.end_column || j >= next.count) return;
+      for (const Fetcher* rows : {&next_q, &next_dout, &next_out}) rows->fetch(next.row[j], next.head[j]);
+    };
+    differentiate(p, columns, lanes.padded, columns == block.end_column - block.first_column, buffers, fetch);
     const auto weights = Math::rounded(columns, lanes, buffers.weights, buffers.weights_rounded);
     product<Layout::rows>(columns, stride, rows, weights.data, weights.stride, dout_deep.data, dout_deep.stride,
                           dv + j0 * stride, stride, true, {}, columns_seen);
@@ -173,10 +190,13 @@ void attention_backward(const AttentionInputs& p, const AttentionGradients& g) {
   const auto run = [&](int64_t place, int64_t part, float* buffer, float* dk, float* dv) {
     std::memset(dk, 0, p.columns * stride * sizeof(float));
     std::memset(dv, 0, p.columns * stride * sizeof(float));
-    Lanes lanes;
+    const int64_t batch = place / p.kv_heads, kv_head = place % p.kv_heads;
+    Lanes lanes, next;
+    if (part < count) set_lanes(p, blocks[part], batch, kv_head, next);
     for (int64_t b = part; b < count; b += parts) {
-      set_lanes(p, blocks[b], place / p.kv_heads, place % p.kv_heads, lanes);
-      differentiate_block<Math>(p, g, blocks[b], lanes, place % p.kv_heads, BackwardBuffers(buffer, stride), dk, dv);
+      lanes = next;
+      if (b + parts < count) set_lanes(p, blocks[b + parts], batch, kv_head, next);
+      differentiate_block<Math>(p, g, blocks[b], lanes, next, kv_head, BackwardBuffers(buffer, stride), dk, dv);
     }
   };
   if (parts == 1) {

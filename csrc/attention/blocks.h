@@ -130,6 +130,26 @@ inline void write_row(const float* from, float factor, int64_t width, void* to, 
   });
 }
 
+// Fetches rows of one batch entry: a head's lie far apart (a projection's row has all heads of q, k and v), so the
+// processor's own prefetcher does not find the next one. What is needed next is fetched while scores become weights, which
+// takes long and moves little.
+class Fetcher {
+ public:
+  Fetcher(const void* tensor, DType type, const Strides& strides, int64_t batch, int64_t head, int64_t width)
+      : first_(static_cast<const char*>(tensor) + (batch * strides.batch + head * strides.head) * size_of(type)),
+        row_(strides.row * size_of(type)),
+        head_(strides.head * size_of(type)),
+        bytes_(width * size_of(type)) {}
+  [[gnu::always_inline]] void fetch(int64_t row, int64_t heads_on = 0) const {
+    const char* from = first_ + row * row_ + heads_on * head_;
+    for (int64_t i = 0; i < bytes_; i += kLine) prefetch(from + i);
+  }
+
+ private:
+  const char* first_;
+  int64_t row_, head_, bytes_;  // bytes
+};
+
 template <class T>
 struct Matrix {
   const T* data;

@@ -34,7 +34,10 @@ inline Vec finite(Vec maximum) {
 }
 
 // Scores to weights exp(s - maximum); `decay` gets the factor on what was summed under the former maximum.
-void online_softmax(int64_t columns, int64_t lanes, float* s, float* maximum, float* sum, float* decay) {
+// `fetch(column)` is called once for each column.
+template <class Fetch>
+void online_softmax(int64_t columns, int64_t lanes, const Fetch& fetch, float* s, float* maximum, float* sum,
+                    float* decay) {
   for (int64_t i = 0; i < lanes; i += Vec::size) {
     const Vec former = load(maximum + i);
     Vec even = former, odd = former;
@@ -49,6 +52,7 @@ void online_softmax(int64_t columns, int64_t lanes, float* s, float* maximum, fl
     const Vec base = finite(largest), factor = exp_of_score(former - base);
     Vec total = load(sum + i) * factor;
     for (int64_t j = 0; j < columns; ++j) {
+      if (i == 0) fetch(j);
       const Vec weight = exp_of_score(load(s + j * kRows + i) - base);
       store(s + j * kRows + i, weight);
       total += weight;
@@ -129,6 +133,8 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
     q_turned = Math::turned(q, lanes, p.width, p.scale, buffers.q);
   }
   const Use use_of_v = lanes.count <= kTileRows && p.width == stride ? Use::once : Use::often;
+  const Fetcher next_k(p.k, p.type, p.k_strides, lanes.batch, kv_head, p.width);
+  const Fetcher next_v(p.v, p.type, p.v_strides, lanes.batch, kv_head, p.width);
   for (int64_t j0 = begin; j0 < end; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, end - j0);
     const Band band = band_of_rows(p, block, j0);
@@ -145,7 +151,11 @@ void attend(const AttentionInputs& p, const RowBlock& block, const Lanes& lanes,
       Math::scale(columns, lanes.padded, p.scale, s);
     }
     finish_scores(p, lanes, j0, columns, !sees_all(p, block, j0, columns), s, nullptr);
-    online_softmax(columns, lanes.padded, s, result.maximum, result.sum, buffers.decay);
+    const auto fetch = [&](int64_t j) __attribute__((always_inline)) {  // see prefetch()
+      next_v.fetch(j0 + j);
+      if (j0 + kColumns + j < end) next_k.fetch(j0 + kColumns + j);
+    };
+    online_softmax(columns, lanes.padded, fetch, s, result.maximum, result.sum, buffers.decay);
     if (p.rng_state != nullptr) {
       dropout_factors(p, lanes, j0, columns, buffers.keep);
       multiply(columns, lanes.padded, buffers.keep, s);
