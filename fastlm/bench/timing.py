@@ -87,8 +87,9 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, budget: float =
 
     Args:
         calls: by peer. Each is called twice first (compilers compile, allocators fill). Short ones, of which a sample
-            has several, are called once more before each sample, untimed: the first call after another peer's finds
-            the caches full of that peer's data, and would weigh the more, the fewer calls a sample has.
+            has several, are called as often before each sample, untimed: the first calls after another peer's find
+            the caches full of that peer's data (a last-level cache makes room over half a dozen calls), and would
+            weigh the more, the fewer calls a sample has.
         rounds: how many samples of each are wanted.
         budget: the seconds after which no further round begins; three rounds are made in any case.
 
@@ -112,7 +113,7 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, budget: float =
         # every other round backwards: nobody always comes after the same peer
         for name in names if done % 2 == 0 else names[::-1]:
             if repeats[name] > 1:
-                calls[name]()
+                seconds_of(calls[name], repeats[name])  # untimed
             results[name].seconds.append(seconds_of(calls[name], repeats[name]))
     return results
 
