@@ -56,7 +56,7 @@ def test_peers_are_measured_in_turns_and_in_both_orders(monkeypatch: pytest.Monk
     assert all(len(r.seconds) == 3 for r in results.values())
 
 
-def test_a_short_call_is_made_once_more_before_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_calls_are_made_as_often_before_their_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
     calls = {name: lambda name=name: timed.append(name) for name in "ab"}
     lengths = {"a": 4e-3, "b": 4.0}
@@ -70,7 +70,7 @@ def test_a_short_call_is_made_once_more_before_its_sample(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(timing, "seconds_of", seconds_of)
     interleave(calls, rounds=1)
-    assert "".join(timed) == "aA" + "bB" + "aAA" + "B"
+    assert "".join(timed) == "aA" + "bB" + "aaAA" + "B"
 
 
 def test_a_peer_that_fails_is_listed_with_its_reason() -> None:

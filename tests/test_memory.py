@@ -83,6 +83,23 @@ def test_the_smallest_hole_is_taken_and_of_equal_ones_the_youngest() -> None:
     assert (first.data_ptr(), second.data_ptr()) == (younger, older)
 
 
+@pytest.mark.parametrize("last", [0, 2])
+def test_a_small_hole_is_taken_from_its_younger_end(last: int) -> None:
+    tensors = [memory.empty(LARGE, torch.float32) for _ in range(3)]
+    addresses = [t.data_ptr() for t in tensors]
+    for i in (1, 2 - last, last):
+        tensors[i] = None  # type: ignore[call-overload]
+    assert memory.empty(LARGE, torch.float32).data_ptr() == addresses[last]
+
+
+def test_a_large_hole_is_taken_from_its_low_end() -> None:
+    tensors = [memory.empty(LARGE, torch.float32) for _ in range(8)]
+    address = tensors[0].data_ptr()
+    while tensors:
+        del tensors[0]  # the last one lies at the high end
+    assert memory.empty(LARGE, torch.float32).data_ptr() == address
+
+
 def test_tensors_never_overlap() -> None:
     draw, before = random.Random(0), memory.state().used
     alive: dict[int, torch.Tensor] = {}

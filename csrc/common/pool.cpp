@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kGranule = size_t(64) << 10;  // of all sizes
+constexpr size_t kSmallHole = 4;               // times what is wanted
 constexpr size_t kRegion = size_t(1) << 30;    // of addresses, asked of the system at a time; memory comes with their use
 
 size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -106,7 +107,8 @@ char* carve(Pool& p, Holes::iterator at, size_t wanted, bool high) {
 }
 
 // From kept memory: from the smallest hole that is large enough; of equal ones from the youngest, and from its younger
-// end, which is the likeliest to be in a cache. Null: there is none.
+// end, which is the likeliest to be in a cache. Of a hole many times as large always from the low end: it would be in two
+// pieces soon, too small for the large tensors. Null: there is none.
 char* take_kept(Pool& p, size_t wanted) {
   auto best = p.holes.end();
   for (auto it = p.holes.begin(); it != p.holes.end(); ++it) {
@@ -119,7 +121,8 @@ char* take_kept(Pool& p, size_t wanted) {
   }
   if (best == p.holes.end()) return nullptr;
   p.state.unused -= wanted;
-  return carve(p, best, wanted, best->second.young_at_the_top);
+  const bool small = best->second.bytes / kSmallHole <= wanted;
+  return carve(p, best, wanted, small && best->second.young_at_the_top);
 }
 
 // From a hole without memory and the kept one that ends where it begins, so that the least memory is new. Null: no hole
