@@ -24,9 +24,11 @@ int64_t id_of(const EmbeddingForward& p, int64_t i) {
 
 template <class T>
 void sum_segment(const EmbeddingBackward& p, int64_t begin, int64_t end, float* run, float* total) {
+  T* out = static_cast<T*>(p.dweight) + p.keys[begin] * p.cols;
   const auto add = [&](const auto* row, float* to, const T* next, bool first) {
     over_row(p.cols, [&](auto at, int64_t c, int) {
       prefetch(next + c);
+      if (first) prefetch_to_write(out + c);
       at.store(to + c, first ? at.load(row + c) : at.load(to + c) + at.load(row + c));
     });
   };
@@ -40,7 +42,6 @@ void sum_segment(const EmbeddingBackward& p, int64_t begin, int64_t end, float* 
     }
     if (first != begin) add(run, total, dy + p.order[std::min(last, p.count - 1)] * p.dy_stride, false);
   }
-  T* out = static_cast<T*>(p.dweight) + p.keys[begin] * p.cols;
   over_row(p.cols, [&](auto at, int64_t c, int) { at.store(out + c, at.load(total + c)); });
 }
 
