@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,11 +53,33 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors)]
 
 
-def autocast_detached(x: Tensor, *tensors: Tensor | None) -> list[Any]:
-    """The same for an autograd.Function that gets the originals too: under autocast without their history."""
+def refuse_tangents(op: str, *arguments: Any) -> None:
+    """Raise NotImplementedError where an argument carries a tangent of forward-mode autograd.
+
+    The dispatcher would give results without one, which reads as a derivative of zero. (Where a graph is recorded,
+    torch raises the error.)
+    """
+    if _forward_ad._current_level < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and _forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (jvp), and got a tensor with a tangent; wanted reverse mode, "
+                "torch.autograd.grad or backward()"
+            )
+
+
+def detached(op: str, *tensors: Tensor | None) -> list[Any]:
+    """The tensors without their history, for an autograd.Function that gets the originals too."""
+    refuse_tangents(op, *tensors)  # detach would drop them
+    return [None if t is None else t.detach() for t in tensors]
+
+
+def autocast_detached(op: str, x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """As `autocast`, for an autograd.Function that gets the originals too: under autocast without their history."""
     if not torch.is_autocast_enabled(x.device.type):
         return [x, *tensors]
-    return autocast(x.detach(), *(None if t is None else t.detach() for t in tensors))
+    return autocast(*detached(op, x, *tensors))
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager:

@@ -45,7 +45,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
     product.
     """
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = checks.autocast_detached(x, weight, bias)
+        x, weight, bias = checks.autocast_detached("linear", x, weight, bias)
     if x.dim() == 0:
         raise ValueError("linear: x must have at least one dimension, got a scalar")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

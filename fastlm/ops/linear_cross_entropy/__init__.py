@@ -98,7 +98,7 @@ def _prepare(
         raise ValueError(f"{op}: targets must be int64, got {targets.dtype}")
     checks.floating(op, x=x, weight=weight)
     checks.same_device(op, "x", x, weight=weight, targets=targets)
-    low_x, low_weight = checks.autocast(x.detach(), weight.detach())
+    low_x, low_weight = checks.autocast(*checks.detached(op, x, weight))
     checks.same_dtype(op, "x", low_x, weight=low_weight)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -110,7 +110,7 @@ def _check_activation(op: str, activation: str) -> bool:
 def _prepare_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str) -> tuple:
     """Check the contract; the arguments of the raw op (under autocast without their history)."""
     gated = _check_activation("linear_act", activation)
-    x, weight, bias = checks.autocast_detached(x, weight, bias)
+    x, weight, bias = checks.autocast_detached("linear_act", x, weight, bias)
     _check_linear("linear_act", x, weight, bias, "", gated)
     return x, weight, bias, activation
 
@@ -125,7 +125,7 @@ def _prepare_mlp(
     activation: str = "gelu_tanh",
 ) -> tuple:
     gated = _check_activation("mlp", activation)
-    tensors = checks.autocast_detached(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    tensors = checks.autocast_detached("mlp", x, fc_weight, fc_bias, proj_weight, proj_bias)
     x, fc_weight, fc_bias, proj_weight, proj_bias = tensors
     _check_linear("mlp", x, fc_weight, fc_bias, "fc_", gated)
     hidden = fc_weight.shape[0] // 2 if gated else fc_weight.shape[0]
