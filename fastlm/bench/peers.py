@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -72,7 +73,10 @@ def _ours(case: Case, arguments: dict[str, Any]) -> list[Peer]:
     for name, reason in explanation.reasons.items():
         if name == "reference" and explanation.chosen != "reference":
             reason = "plain PyTorch, made to be read; it is what the others are checked against"
-        peers.append(Peer(f"fastlm {name}", op, reason, lambda name=name: fastlm.backend(name)))  # type: ignore[misc]
+        peer = Peer(f"fastlm {name}", op, reason)
+        if name != explanation.chosen:  # that one is called as users call it: without a context around each call
+            peer.context = functools.partial(fastlm.backend, name)
+        peers.append(peer)
     return peers
 
 
