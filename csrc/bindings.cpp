@@ -172,19 +172,20 @@ void narrow_linear(Address x, Address weight, Address bias, Address y, Address w
   narrow_linear_cpu(p);
 }
 
-// `weights`: addresses, twelve a block in the order of DecodeBlock, then the last norm's two. `caches`: for each group of
+// `weights`: addresses, fourteen a block in the order of DecodeBlock, then the last norm's two. `caches`: for each group of
 // sequences its rows, length and capacity, then for each block the addresses of its keys, then of its values.
 // `sizes`: width, heads, kv_heads, head_dim, mlp_size, window_left. `addresses`: alibi_slopes, cos, sin, h, out.
 void decode(const std::vector<int64_t>& weights, const std::vector<std::vector<int64_t>>& caches,
             const std::array<int64_t, 6>& sizes, const std::array<Address, 5>& addresses, bool table_of_each_row, bool rms,
             float eps, float scale, float softcap, int act, int type) {
-  const int64_t layers = static_cast<int64_t>(weights.size()) / 12;
+  const int64_t layers = static_cast<int64_t>(weights.size()) / 14;
   const auto weight = [&](int64_t i) { return at<void>(static_cast<Address>(weights.at(i))); };
   std::vector<DecodeBlock> blocks;
   for (int64_t l = 0; l < layers; ++l) {
-    const int64_t i = 12 * l;
-    blocks.push_back({{weight(i), weight(i + 1)}, {weight(i + 2), weight(i + 3)}, {weight(i + 4), weight(i + 5)},
-                      {weight(i + 6), weight(i + 7)}, {weight(i + 8), weight(i + 9)}, {weight(i + 10), weight(i + 11)}});
+    const int64_t i = 14 * l;
+    const auto pair = [&](int64_t k) { return DecodeLinear{weight(i + k), weight(i + k + 1)}; };
+    const auto norm = [&](int64_t k) { return DecodeNorm{weight(i + k), weight(i + k + 1)}; };
+    blocks.push_back({norm(0), pair(2), weight(i + 4), weight(i + 5), pair(6), norm(8), pair(10), pair(12)});
   }
   std::vector<std::vector<void*>> stores;
   for (const std::vector<int64_t>& cache : caches) {
@@ -198,7 +199,7 @@ void decode(const std::vector<int64_t>& weights, const std::vector<std::vector<i
     groups.push_back({caches[g][0], caches[g][1], caches[g][2], stores[g].data(), stores[g].data() + layers});
     rows += caches[g][0];
   }
-  const Decode p{blocks.data(), layers, {weight(12 * layers), weight(12 * layers + 1)},
+  const Decode p{blocks.data(), layers, {weight(14 * layers), weight(14 * layers + 1)},
                  groups.data(), static_cast<int64_t>(groups.size()),
                  rows, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                  rms, eps, scale, softcap, sizes[5],

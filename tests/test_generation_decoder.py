@@ -25,6 +25,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 5, "n_kv_head": 1},
     "softcaps": {"attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.3},
     "untied": {"tie_embeddings": False, "activation": "geglu"},
+    "qk-norm": {"qk_norm": True, "norm": "rms_norm", "position": "rotary", "bias": False, "n_kv_head": 2},
+    "qk-norm-learned": {"qk_norm": True, "head_dim": 10},
     "one-layer": {"n_layer": 1, "head_dim": 10},
 }
 

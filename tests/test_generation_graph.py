@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2},
     "alibi": {"position": "alibi", "sliding_window": 9},
+    "qk-norm": {"qk_norm": True, "position": "rotary"},
     "sinusoidal": {"position": "sinusoidal", "attention_softcap": 2.0},
 }
 

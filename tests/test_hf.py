@@ -23,6 +23,7 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def rope(**parameters) -> dict:
@@ -43,9 +44,13 @@ MODELS = {
     "llama-biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
     "llama-3-rope": ("Llama", {**LLAMA, **rope(**LLAMA_3)}),
     "llama-linear-rope": ("Llama", {**LLAMA, **rope(rope_type="linear", rope_theta=1000.0, factor=2.0)}),
+    "llama-yarn": ("Llama", {**LLAMA, **rope(**YARN)}),
+    "llama-yarn-options": ("Llama", {**LLAMA, **rope(**YARN, beta_fast=4, beta_slow=0.5, attention_factor=0.7)}),
     "mistral": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 8}),
     "mistral-no-window": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": ("Qwen2", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {**LLAMA, "num_key_value_heads": 1, "head_dim": 12, "attention_bias": True}),
 }
 
 

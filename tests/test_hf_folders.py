@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlm
 from fastlm.models.huggingface import atomic, save
+from fastlm.models.huggingface.configs import config_from_huggingface
 
 TINY = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LLAMA = {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2}
@@ -186,9 +187,14 @@ def test_wrong_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = false"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "in some layers only"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            "in some layers only",
+        ),
     ],
 )
 def test_options_of_the_llama_family_that_are_not_there(fields, message, tmp_path):
@@ -196,6 +202,23 @@ def test_options_of_the_llama_family_that_are_not_there(fields, message, tmp_pat
     edit(tmp_path / "model", **fields)
     with pytest.raises(ValueError, match=message):
         fastlm.GPT.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"max_window_layers": 0}, 7),
+        ({"max_window_layers": 2}, None),  # from the third of two layers on
+        ({"max_window_layers": 1, "layer_types": ["sliding_attention"] * 2}, 7),
+        ({"max_window_layers": 0, "use_sliding_window": False}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_sliding_window_in_all_layers_or_in_none(kind, fields, window):
+    given = {"model_type": kind, "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    given |= {"num_key_value_heads": None, "max_position_embeddings": 16, "intermediate_size": 8, "head_dim": 4}
+    config = config_from_huggingface({**given, "use_sliding_window": True, "sliding_window": 7, **fields})
+    assert config.sliding_window == window and config.kv_heads == 2 and config.qk_norm == (kind == "qwen3")
 
 
 def test_a_save_replaces_the_model_and_keeps_the_tokenizer(folder):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm import ops
 from fastlm.nn import alibi_slopes
-from fastlm.nn.rotary import RopeScaling, rotary_frequencies
+from fastlm.nn.rotary import RopeScaling, Rotary, rotary_frequencies
 from fastlm.ops.attention.cases import slices
 from tests import textbook_gpt
 
@@ -39,6 +39,8 @@ VARIANTS = {
     "window": {**LLAMA, "sliding_window": 6},
     "scale": {"attention_scale": 1.0},
     "qkv-bias": {**LLAMA, "qkv_bias": True},
+    "qk-norm": {"qk_norm": True},
+    "qk-norm-rotary": {**LLAMA, "qk_norm": True, "n_kv_head": 2, "head_dim": 16},
     "one-layer": {"n_layer": 1, "n_head": 1},
 }
 
@@ -323,7 +325,9 @@ def test_bad_input(call, error, message):
         ({"position": "rotary", "head_dim": 7}, "even head dimension, got 7"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling needs position='rotary'"),
         ({"position": "rotary", "rope_scaling": {"scale": 2.0}}, "rope_scaling has no field 'scale'"),
-        ({"position": "rotary", "rope_scaling": {"kind": "yarn"}}, "kind must be llama3 or linear, got 'yarn'"),
+        ({"position": "rotary", "rope_scaling": {"kind": "ntk"}}, "kind must be llama3, linear or yarn, got 'ntk'"),
+        ({"position": "rotary", "rope_scaling": {"kind": "yarn", "beta_slow": 40.0}}, "beta_slow must be positive and"),
+        ({"position": "rotary", "rope_scaling": {"attention_factor": 1.0}}, "attention_factor is YaRN's"),
         ({"norm": "rms_norm", "norm_bias": True}, "has no bias"),
         ({"n_heads": 4}, r"no field 'n_heads' \(did you mean 'n_head'\?\)"),
         ({"logit_softcap": -1.0}, "logit_softcap must not be negative"),
@@ -364,3 +368,18 @@ def test_rope_scaling():
     between = (wavelength > 8192 / 4) & (wavelength < 8192)
     assert bool(between.any()) and bool(((scaled < plain) & (scaled > plain / 8))[between].all())
     torch.testing.assert_close(rotary_frequencies(8, 10.0, RopeScaling("linear", 2.0)), rotary_frequencies(8, 10.0) / 2)
+
+
+def test_yarn():
+    scaling = RopeScaling("yarn", 4.0, original_block_size=4096)
+    plain, scaled = rotary_frequencies(128, 10000.0), rotary_frequencies(128, 10000.0, scaling)
+    turns = 4096 * plain / (2 * math.pi)
+    torch.testing.assert_close(scaled[turns > 33], plain[turns > 33])
+    torch.testing.assert_close(scaled[turns < 0.9], plain[turns < 0.9] / 4)
+    between = (turns < 28) & (turns > 1.2)
+    assert bool(between.any()) and bool(((scaled < plain) & (scaled > plain / 4))[between].all())
+
+    positions = torch.arange(5)
+    for expected, options in ((0.1 * math.log(4) + 1, {}), (0.7, {"attention_factor": 0.7})):
+        cos, sin = Rotary(128, 10000.0, dataclasses.replace(scaling, **options))(positions)
+        torch.testing.assert_close(torch.hypot(cos, sin), torch.full((5, 64), expected))

@@ -54,6 +54,11 @@ def _attention(config, weights, name, x):
     q = q.view(batch, steps, heads, width).transpose(1, 2)  # (B, H, T, D)
     k = k.view(batch, steps, kv_heads, width).transpose(1, 2)
     v = v.view(batch, steps, kv_heads, width).transpose(1, 2)
+    if config.qk_norm:
+        q, k = (
+            t / torch.sqrt((t * t).mean(-1, keepdim=True) + config.norm_eps) * weights[f"{name}{which}_norm.weight"]
+            for which, t in (("q", q), ("k", k))
+        )
     if config.position == "rotary":
         q, k = _rotate(q, config), _rotate(k, config)
     k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))

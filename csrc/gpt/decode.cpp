@@ -42,6 +42,16 @@ void linear(const Decode& p, const void* x, int64_t depth, const DecodeLinear& w
   skinny_linear_cpu({x, weights.weight, weights.bias, y, p.rows, width, depth, depth, depth, p.type});
 }
 
+// RMS norm over each of `heads` heads of every row, in place. `first`: the first of them in a row of the projection.
+void norm_heads(const Decode& p, Buffers& b, const void* weight, int64_t first, int64_t heads) {
+  if (weight == nullptr) return;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    char* const x = b.qkv.data() + (row * b.qkv_width + first * p.head_dim) * b.element;
+    layer_norm_forward_cpu({x, nullptr, weight, nullptr, x, nullptr, nullptr, nullptr, heads, p.head_dim, p.head_dim,
+                            p.head_dim, p.eps, true, p.type, p.type, p.type});
+  }
+}
+
 void rotate(const Decode& p, Buffers& b) {
   const int64_t queries = p.heads * p.head_dim, pairs = p.head_dim / 2;
   char* const k = b.qkv.data() + queries * b.element;
@@ -110,6 +120,8 @@ void decode_cpu(const Decode& p) {
     const DecodeBlock& block = p.blocks[layer];
     norm(p, b, block.norm_1, layer > 0, b.normed.data());
     linear(p, b.normed.data(), p.width, block.qkv, b.qkv_width, b.qkv.data());
+    norm_heads(p, b, block.q_norm, 0, p.heads);
+    norm_heads(p, b, block.k_norm, p.heads, p.kv_heads);
     if (p.cos != nullptr) rotate(p, b);
     int64_t first = 0;
     for (int64_t g = 0; g < p.group_count; ++g) {

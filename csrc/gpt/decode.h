@@ -20,7 +20,9 @@ struct DecodeLinear {
 
 struct DecodeBlock {
   DecodeNorm norm_1;
-  DecodeLinear qkv, proj;
+  DecodeLinear qkv;
+  const void *q_norm, *k_norm;  // (D), of an RMS norm over each head of the queries and of the keys; null: none
+  DecodeLinear proj;
   DecodeNorm norm_2;
   DecodeLinear fc, mlp_proj;
 };

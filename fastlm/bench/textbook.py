@@ -116,7 +116,7 @@ def _check(config: GPTConfig) -> None:
         raise ValueError(
             f"the textbook model is GPT-2: activation must be gelu or gelu_tanh, got {config.activation!r}"
         )
-    wanted = {"norm": "layer_norm", "position": "learned", "tie_embeddings": True}
+    wanted = {"norm": "layer_norm", "qk_norm": False, "position": "learned", "tie_embeddings": True}
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise ValueError(f"the textbook model is GPT-2: {name} must be {value!r}, got {getattr(config, name)!r}")

@@ -36,7 +36,9 @@ class Decoder:
         blocks: list[Any] = list(model.blocks)
         for block in blocks:
             attention, mlp = block.attention, block.mlp
-            for layer in (block.norm_1, attention.qkv, attention.proj, block.norm_2, mlp.fc, mlp.proj):
+            self.weights += [*_addresses(block.norm_1), *_addresses(attention.qkv)]
+            self.weights += [_addresses(norm)[0] if norm else 0 for norm in (attention.q_norm, attention.k_norm)]
+            for layer in (attention.proj, block.norm_2, mlp.fc, mlp.proj):
                 self.weights += _addresses(layer)
         self.weights += _addresses(model.norm)
         attention = blocks[0].attention

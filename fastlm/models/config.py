@@ -46,6 +46,7 @@ class GPTConfig:
 
     norm: str = "layer_norm"  # or "rms_norm"
     norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMS norm over each head's queries and keys, before rotary positions (arXiv:2302.05442)
     activation: str = "gelu_tanh"  # gelu_tanh, gelu, relu, relu2, silu, or gated: swiglu, geglu
 
     position: str = "learned"  # or "sinusoidal", "rotary", "alibi"

@@ -284,6 +284,7 @@ class Block(nn.Module):
             window=None if config.sliding_window is None else (config.sliding_window - 1, 0),
             softcap=config.attention_softcap,
             dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.norm_2 = _norm(config)
         self.mlp = MLP(config.n_embd, config.mlp_size, config.activation, bias=config.has_bias("mlp"))

@@ -206,6 +206,7 @@ def _check(config: GPTConfig) -> None:
         "sliding_window": None,
         "attention_softcap": 0.0,
         "logit_softcap": 0.0,
+        "qk_norm": False,
     }
     for name, value in wanted.items():
         if getattr(config, name) != value:

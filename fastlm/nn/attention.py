@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.linear import Linear
+from fastlm.nn.norm import RMSNorm
 
 
 class Cache(Protocol):
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         window: tuple[int, int] | None = None,
         softcap: float = 0.0,
         dropout: float = 0.0,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.n_head = n_head
@@ -63,6 +65,9 @@ class Attention(nn.Module):
         self.scale, self.window, self.softcap, self.dropout = scale, window, softcap, dropout
         self.qkv = Linear(n_embd, (n_head + 2 * self.n_kv_head) * self.head_dim, bias=qkv_bias)
         self.proj = Linear(n_head * self.head_dim, n_embd, bias=proj_bias)
+        # over each head, before rotary positions (Dehghani et al., arXiv:2302.05442, with RMS norm as Qwen3 has it)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
 
     def forward(
         self,
@@ -94,12 +99,14 @@ class Attention(nn.Module):
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
         }
-        if rotation is None and cache is None:
+        if rotation is None and cache is None and self.q_norm is None:
             y = ops.attention_qkvpacked(qkv, self.n_head, self.n_kv_head, **options)  # (B, T, H, D)
         else:
             heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
             # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
             q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
             if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
                 q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
             if cache is None:

@@ -29,18 +29,15 @@ LIBRARY = torch.library.Library("fastlm", "DEF")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, float, int, bool, str, list}  # lists: of flags
 
 
-def calls_watched() -> bool:
-    """Whether somebody follows what is done with plain tensors: a dispatch mode, the profiler, forward-mode autograd.
-
-    Of a large kernel's neighbours in the caches nothing is left when the next call begins, and each function that is
-    called then costs microseconds: where these three are enough, `watched` is not asked.
-    """
-    return _len_torch_dispatch_stack() > 0 or _profiler._is_profiler_enabled or _forward_ad._current_level >= 0
-
-
 def watched() -> bool:
     """Whether somebody looks at calls from outside, and raw ops therefore go through the dispatcher."""
-    return _is_dynamo_compiling() or calls_watched() or _are_functorch_transforms_active()  # the last: vmap, grad
+    return (
+        _is_dynamo_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()  # vmap, grad
+        or _profiler._is_profiler_enabled
+        or _forward_ad._current_level >= 0
+    )
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:

@@ -1,10 +1,11 @@
-"""config.json of GPT-2, Llama, Mistral and Qwen2, and GPTConfig: each from the other.
+"""config.json of GPT-2, Llama, Mistral, Qwen2 and Qwen3, and GPTConfig: each from the other.
 
 What a config asks for and fastlm does not have is an error here, never left out: the logits would be others.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastlm.models.config import GPTConfig
@@ -14,7 +15,7 @@ from fastlm.nn.rotary import RopeScaling
 
 Fields = dict[str, Any]
 
-LLAMA_FAMILY = ("llama", "mistral", "qwen2")
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED = ("gpt2", *LLAMA_FAMILY, "fastlm")
 
 _ARCHITECTURES = {
@@ -22,6 +23,7 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 
@@ -56,7 +58,7 @@ def config_to_huggingface(config: GPTConfig) -> Fields:
     """The config.json of the architecture that computes what this configuration does.
 
     Raises:
-        ValueError: there is none among GPT-2, Llama, Mistral and Qwen2; the message says what they lack.
+        ValueError: there is none among GPT-2, Llama, Mistral, Qwen2 and Qwen3; the message says what they lack.
     """
     kind, obstacles = _obstacles(config)
     if obstacles:
@@ -67,6 +69,9 @@ def config_to_huggingface(config: GPTConfig) -> Fields:
     # Token ids of begin and end belong to the tokenizer; transformers' defaults would be those of its own vocabulary.
     ids = {"bos_token_id": None, "eos_token_id": None}
     return {"model_type": kind, "architectures": [_ARCHITECTURES[kind]]} | ids | fields
+
+
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' defaults; Llama's is the number of heads
 
 
 def _from_gpt2(fields: Fields) -> GPTConfig:
@@ -97,15 +102,15 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r} is not supported for {kind}, only silu")
     theta, scaling = _rope(fields)
-    own_bias = bool(fields.get("attention_bias", False)) and kind == "llama"
+    own_bias = bool(fields.get("attention_bias", False)) and kind in ("llama", "qwen3")
     return GPTConfig(
         vocab_size=fields["vocab_size"],
         block_size=fields["max_position_embeddings"],
         n_layer=fields["num_hidden_layers"],
         n_head=fields["num_attention_heads"],
-        n_kv_head=fields.get("num_key_value_heads") or (8 if kind == "mistral" else None),
+        n_kv_head=fields.get("num_key_value_heads", _KV_HEADS.get(kind)),
         n_embd=fields["hidden_size"],
-        head_dim=fields.get("head_dim"),
+        head_dim=fields.get("head_dim", 128 if kind == "qwen3" else None),
         intermediate_size=fields["intermediate_size"],
         attention_dropout=fields.get("attention_dropout", 0.0),
         bias=False,
@@ -114,6 +119,7 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
         mlp_bias=bool(fields.get("mlp_bias", False)) and kind == "llama",
         norm="rms_norm",
         norm_eps=fields.get("rms_norm_eps", 1e-6),
+        qk_norm=kind == "qwen3",
         activation="swiglu",
         position="rotary",
         rope_theta=theta,
@@ -130,32 +136,55 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if kind not in ("default", "llama3", "linear") or partial not in (None, 1.0):
+    if kind not in ("default", "llama3", "linear", "yarn") or partial not in (None, 1.0):
         raise ValueError(
             f"rotary positions of type {kind!r} with partial_rotary_factor {partial} are not supported; "
-            "fastlm has the types default, llama3 and linear, over the whole head"
+            "fastlm has the types default, llama3, linear and yarn, over the whole head"
         )
     if kind == "default":
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
+    original = int(rope.get("original_max_position_embeddings") or fields["max_position_embeddings"])
+    if kind == "yarn":
+        return theta, _yarn(rope, original, fields["max_position_embeddings"])
     return theta, RopeScaling(
-        "llama3",
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]),
+        "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
+    )
+
+
+def _yarn(rope: Fields, original: int, block_size: int) -> RopeScaling:
+    if not rope.get("truncate", True):
+        raise ValueError("yarn with truncate = false is not supported")
+    factor = float(rope.get("factor") or block_size / original)
+    magnitude = rope.get("attention_factor")
+    if magnitude is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        per_unit = 0.1 * math.log(factor)
+        magnitude = (per_unit * rope["mscale"] + 1) / (per_unit * rope["mscale_all_dim"] + 1)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_block_size=original,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=None if magnitude is None else float(magnitude),
     )
 
 
 def _sliding_window(fields: Fields, kind: str) -> int | None:
     if kind == "mistral":
         return fields.get("sliding_window", 4096)
-    if kind == "qwen2" and fields.get("use_sliding_window"):
-        if fields.get("max_window_layers", 28) > 0:
-            raise ValueError("qwen2 with a sliding window in some layers only (max_window_layers > 0) is not supported")
-        return fields.get("sliding_window", 4096)
-    return None
+    if kind not in ("qwen2", "qwen3") or not fields.get("use_sliding_window"):
+        return None
+    first = fields.get("max_window_layers", 28)
+    computed = ["full_attention" if i < first else "sliding_attention" for i in range(fields["num_hidden_layers"])]
+    types = set(fields.get("layer_types") or computed)
+    if len(types) > 1:
+        raise ValueError(
+            f"{kind} with a sliding window in some layers only is not supported: max_window_layers = {first}, "
+            f"layer_types = {fields.get('layer_types')}"
+        )
+    return fields.get("sliding_window", 4096) if types == {"sliding_attention"} else None
 
 
 def _refuse(fields: Fields, *names: str) -> None:
@@ -179,13 +208,18 @@ def _obstacles(config: GPTConfig) -> tuple[str, list[str]]:
             ("n_head * head_dim", config.n_head * config.head_size, (config.n_embd,)),
             ("sliding_window", config.sliding_window, (None,)),
             ("attention_scale", config.attention_scale, (None, 1.0)),
+            ("qk_norm", config.qk_norm, (False,)),
         ]
     else:
-        kind = "qwen2" if biases == (True, False, False) else "mistral" if config.sliding_window else "llama"
+        if config.qk_norm:
+            kind = "qwen3"
+        else:
+            kind = "qwen2" if biases == (True, False, False) else "mistral" if config.sliding_window else "llama"
         allowed = {
             "llama": ((True, True, True), (True, True, False), (False, False, True), (False, False, False)),
             "mistral": ((False, False, False),),
             "qwen2": ((True, False, False),),
+            "qwen3": ((True, True, False), (False, False, False)),
         }
         wanted += [
             ("norm", config.norm, ("rms_norm",)),
@@ -238,13 +272,15 @@ def _to_llama(config: GPTConfig, kind: str) -> Fields:
         "rope_theta": config.rope_theta,
         "rope_scaling": _to_rope_scaling(config.rope_scaling),
     }
-    if config.head_dim is not None:
-        fields["head_dim"] = config.head_dim
+    if config.head_dim is not None or kind == "qwen3":  # Qwen3's default is 128
+        fields["head_dim"] = config.head_size
+    if kind in ("llama", "qwen3"):
+        fields["attention_bias"] = config.has_bias("attention")
     if kind == "llama":
-        fields |= {"attention_bias": config.has_bias("attention"), "mlp_bias": config.has_bias("mlp")}
+        fields["mlp_bias"] = config.has_bias("mlp")
     else:
         fields["sliding_window"] = config.sliding_window
-    if kind == "qwen2":
+    if kind in ("qwen2", "qwen3"):
         fields |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return fields
 
@@ -259,4 +295,12 @@ def _to_rope_scaling(scaling: RopeScaling | None) -> Fields | None:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_block_size,
         }
+    if scaling.kind == "yarn":
+        fields |= {
+            "original_max_position_embeddings": scaling.original_block_size,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+        }
+        if scaling.attention_factor is not None:
+            fields["attention_factor"] = scaling.attention_factor
     return fields

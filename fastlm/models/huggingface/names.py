@@ -100,6 +100,8 @@ _LLAMA = {
     "norm_1": ("input_layernorm",),
     "norm_2": ("post_attention_layernorm",),
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
     "attention.proj": ("self_attn.o_proj",),
     "mlp.fc": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.proj": ("mlp.down_proj",),

@@ -50,9 +50,9 @@ def save_pretrained(
     Args:
         path: the folder: a new one, an empty one, or one that holds a model, which is replaced.
         max_shard_size: bytes, or a number with a unit ("500MB"): larger models are split into files of up to this size.
-        format: "huggingface": as GPT-2, Llama, Mistral or Qwen2, for transformers and whatever reads its folders (GPT-2
-            has all biases: those that the model lacks are written as zeros), or as BERT or RoBERTa; "fastlm": any
-            configuration, for `from_pretrained` of fastlm's models only; LoRA adapters lie in `adapter/` beside.
+        format: "huggingface": as GPT-2, Llama, Mistral, Qwen2 or Qwen3, for transformers and whatever reads its folders
+            (GPT-2 has all biases: those that the model lacks are written as zeros), or as BERT or RoBERTa; "fastlm":
+            any configuration, for `from_pretrained` of fastlm's models only; LoRA adapters lie in `adapter/` beside.
         dtype: to store the weights in; default: as they are.
         extra_config: more fields for config.json, e.g. `{"eos_token_id": 50256}`.
 

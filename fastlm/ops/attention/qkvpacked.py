@@ -90,7 +90,8 @@ def _prepare_qkvpacked(
             f"{op}: qkv must have shape (B, T, (H + 2 H_kv) * D) with H = n_head = {n_head} and H_kv = n_kv_head ="
             f" {n_kv_head}, each at least 1; got {tuple(qkv.shape)}"
         )
-    q, k, v = _heads(*checks.detached(op, qkv), n_head, n_kv_head)
+    (qkv,) = checks.detached(op, qkv)
+    q, k, v = _heads(qkv, n_head, n_kv_head)
     return _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
 
 

@@ -142,7 +142,7 @@ class _LayerNorm(torch.autograd.Function):
         h, weight, statistics = ctx.saved_tensors
         if dy is None:  # only h was used
             return dh, None, None, dh, None
-        if backend == "cpu" and not library.calls_watched() and compiled.reads_tensors():
+        if backend == "cpu" and not library.watched() and compiled.reads_tensors():
             gradients = compiled.C.layer_norm_backward_torch(dy, dh, h, weight, statistics, has_bias, has_residual)
             if gradients is not None:
                 return *gradients, None
