@@ -20,7 +20,7 @@
 #include "cross_entropy/cross_entropy.h"
 #include "decode_attention/append.h"
 #include "decode_attention/decode_attention.h"
-#include "embedding/embedding.h"
+#include "embedding/embedding_torch.h"
 #include "gemm/gemm.h"
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
@@ -450,6 +450,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_backward", &layer_norm_backward);
   define_positional<adamw_steps_torch, 2>(m, "adamw_steps_torch");
   define_positional<adamw_table_torch, 5>(m, "adamw_table_torch");
+  define_positional<embedding_forward_torch, 2>(m, "embedding_forward_torch");
   define_positional<layer_norm_forward_torch, 7>(m, "layer_norm_forward_torch");
   define_positional<layer_norm_backward_torch, 7>(m, "layer_norm_backward_torch");
   m.def("activation_forward", &activation_forward);

@@ -16,6 +16,7 @@ import fastlm
 from fastlm import ops
 from fastlm.ops import memory, native
 from fastlm.ops.case import Case, Maker
+from fastlm.ops.embedding.cases import CASES as EMBEDDING
 from fastlm.ops.layer_norm.cases import CASES
 from tests.op_suite import run
 
@@ -55,7 +56,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @needs_api
 @pytest.mark.parametrize("dtype", list(native.DTYPE_CODE))
-@pytest.mark.parametrize("case", [case for case in CASES if not case.bench], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*CASES, *EMBEDDING) if not case.bench], ids=str)
 def test_both_ways_give_the_same_bits(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = case.build(Maker(dtype))
     outputs, gradients, upstream = run(getattr(ops, case.op), arguments)
@@ -94,6 +95,36 @@ def test_rows_that_are_expanded_or_far_apart(answers: list[bool]) -> None:
     for x in (X[:1].expand(5, 64), torch.randn(4, 100)[:, 3:67], torch.randn(3, 9, 64)[:, ::3]):
         torch.testing.assert_close(ops.layer_norm(x, W, B), torch.nn.functional.layer_norm(x, (64,), W, B))
     assert answers == [True] * 3
+
+
+@needs_api
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (1,) * 7])
+def test_ids_that_are_taken(answers: list[bool], shape: tuple, dtype: torch.dtype) -> None:
+    ids, weight = torch.randint(4, shape).to(dtype), X.clone().requires_grad_()
+    y = ops.embedding(ids, weight)
+    assert answers == [True] and y.shape == (*shape, 64) and torch.equal(y, X[ids.long()])
+    (dweight,) = torch.autograd.grad(y.sum(), weight)
+    torch.testing.assert_close(
+        dweight, torch.bincount(ids.long().flatten(), minlength=4)[:, None].expand(4, 64).float()
+    )
+
+
+@needs_api
+@pytest.mark.parametrize(
+    ("ids", "weight"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64).t(), X),
+        (torch.zeros(3, dtype=torch.int64).expand(2, 3), X),
+        (torch.zeros(0, dtype=torch.int64), X),
+        (torch.zeros((1,) * 8, dtype=torch.int64), X),
+        (torch.zeros(3, dtype=torch.int64), X.t()),
+        (torch.zeros(3, dtype=torch.int64), X.double()),
+    ],
+)
+def test_lookups_that_go_the_long_way(answers: list[bool], ids: torch.Tensor, weight: torch.Tensor) -> None:
+    assert torch.equal(ops.embedding(ids, weight), weight[ids])
+    assert answers == [False]
 
 
 @needs_api

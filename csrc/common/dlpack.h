@@ -28,7 +28,7 @@ struct DLTensor {
 };
 
 constexpr int32_t kDLCPU = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
 
 // What a capsule "dltensor" holds.
 struct DLManagedTensor {

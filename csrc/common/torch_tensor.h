@@ -100,6 +100,29 @@ struct Rows {
   bool packed() const { return stride == cols || count == 1; }
 };
 
+// A packed CPU tensor of int64 or int32.
+struct Integers {
+  const void* data;
+  const int64_t* shape;
+  int dims;
+  bool wide;  // int64
+  int64_t count;
+
+  // Nothing for other tensors, and for empty ones.
+  static std::optional<Integers> of(PyObject* object) {
+    DLTensor t;
+    if (!torch_tensors.read(object, &t) || t.device.type != kDLCPU || t.data == nullptr) return std::nullopt;
+    if (t.dtype.code != kDLInt || t.dtype.lanes != 1 || (t.dtype.bits != 64 && t.dtype.bits != 32)) return std::nullopt;
+    int64_t count = 1;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      if (t.shape[d] != 1 && t.strides[d] != count) return std::nullopt;
+      count *= t.shape[d];
+    }
+    if (count == 0) return std::nullopt;
+    return Integers{static_cast<char*>(t.data) + t.byte_offset, t.shape, t.ndim, t.dtype.bits == 64, count};
+  }
+};
+
 // The argument is None, or a tensor as Rows::of takes it. False for anything else.
 inline bool rows_or_none(PyObject* object, std::optional<Rows>* out) {
   if (object == Py_None) return true;

@@ -1,4 +1,4 @@
-"""config.json of GPT-2, Llama, Mistral, Qwen2 and Qwen3, and GPTConfig: each from the other.
+"""config.json of GPT-2, Llama, Mistral, Qwen2 and Qwen3, and GPTConfig: each from the other; of Phi-3, read only.
 
 What a config asks for and fastlm does not have is an error here, never left out: the logits would be others.
 """
@@ -15,7 +15,7 @@ from fastlm.nn.rotary import RopeScaling
 
 Fields = dict[str, Any]
 
-LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED = ("gpt2", *LLAMA_FAMILY, "fastlm")
 
 _ARCHITECTURES = {
@@ -112,13 +112,14 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
         n_embd=fields["hidden_size"],
         head_dim=fields.get("head_dim", 128 if kind == "qwen3" else None),
         intermediate_size=fields["intermediate_size"],
+        dropout=fields.get("resid_pdrop", 0.0) if kind == "phi3" else 0.0,
         attention_dropout=fields.get("attention_dropout", 0.0),
         bias=False,
         qkv_bias=own_bias or kind == "qwen2",
         attention_bias=own_bias,
         mlp_bias=bool(fields.get("mlp_bias", False)) and kind == "llama",
         norm="rms_norm",
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        norm_eps=fields.get("rms_norm_eps", 1e-5 if kind == "phi3" else 1e-6),
         qk_norm=kind == "qwen3",
         activation="swiglu",
         position="rotary",
@@ -136,10 +137,12 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if kind not in ("default", "llama3", "linear", "yarn") or partial not in (None, 1.0):
+    # what Phi-3 calls yarn is something else
+    known = ["default"] if fields["model_type"] == "phi3" else ["default", "llama3", "linear", "yarn"]
+    if kind not in known or partial not in (None, 1.0):
         raise ValueError(
             f"rotary positions of type {kind!r} with partial_rotary_factor {partial} are not supported; "
-            "fastlm has the types default, llama3, linear and yarn, over the whole head"
+            f"fastlm has the types {', '.join(known)} for {fields['model_type']}, over the whole head"
         )
     if kind == "default":
         return theta, None
@@ -172,8 +175,8 @@ def _yarn(rope: Fields, original: int, block_size: int) -> RopeScaling:
 
 
 def _sliding_window(fields: Fields, kind: str) -> int | None:
-    if kind == "mistral":
-        return fields.get("sliding_window", 4096)
+    if kind in ("mistral", "phi3"):
+        return fields.get("sliding_window", 4096 if kind == "mistral" else None)
     if kind not in ("qwen2", "qwen3") or not fields.get("use_sliding_window"):
         return None
     first = fields.get("max_window_layers", 28)

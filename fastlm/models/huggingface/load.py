@@ -46,7 +46,7 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     **changes: Any,
 ) -> GPT:
-    """Load a model folder of Hugging Face's (GPT-2, Llama, Mistral, Qwen2 or Qwen3) or of fastlm's own format.
+    """Load a model folder of Hugging Face's (GPT-2, Llama, Mistral, Qwen2, Qwen3 or Phi-3) or of fastlm's own format.
 
     Args:
         path: the folder. Nothing is downloaded.

@@ -83,7 +83,7 @@ def is_ignored(name: str, config: GPTConfig | EncoderConfig) -> bool:
 
 def sources(config: GPTConfig | EncoderConfig, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
     """For each parameter of the model (name -> shape), the tensors that it is made of, by their bare names."""
-    own: dict[str, Any] = {"gpt2": _gpt2, "fastlm": _own, OWN: _own, "bert": _bert, "roberta": _bert}
+    own: dict[str, Any] = {"gpt2": _gpt2, "phi3": _phi3, "fastlm": _own, OWN: _own, "bert": _bert, "roberta": _bert}
     find = own.get(kind, _llama)
     return {name: find(name, shape, config) for name, shape in shapes.items()}
 
@@ -106,7 +106,7 @@ _LLAMA = {
     "mlp.fc": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.proj": ("mlp.down_proj",),
 }
-
+_PHI3 = {"attention.qkv": "self_attn.qkv_proj", "mlp.fc": "mlp.gate_up_proj"}  # packed as ours are; the rest is Llama's
 
 _BERT = {
     "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -154,6 +154,14 @@ def _llama(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
         rows = [config.mlp_size, config.mlp_size]
     names = tuple(f"layers.{layer}.{theirs}.{kind}" for theirs in _LLAMA[module])
     return Source(names, tuple((n, *shape[1:]) for n in rows))
+
+
+def _phi3(name: str, shape: tuple[int, ...], config: GPTConfig) -> Source:
+    if name.startswith("blocks."):
+        layer, module, kind = _split(name)
+        if module in _PHI3:
+            return Source((f"layers.{layer}.{_PHI3[module]}.{kind}",), (shape,))
+    return _llama(name, shape, config)
 
 
 def _bert(name: str, shape: tuple[int, ...], config: EncoderConfig) -> Source:

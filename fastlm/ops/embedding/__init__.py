@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import checks, library, registry
+from fastlm.ops import native as compiled
 from fastlm.ops.embedding import native, reference, triton
 
 
@@ -26,10 +27,13 @@ def embedding(ids: Tensor, weight: Tensor, *, padding_idx: int | None = None) ->
         UnsupportedError: the backend that was asked for cannot run the call.
     """
     call = _prepare(ids, weight, padding_idx=padding_idx)
+    recorded = torch.is_grad_enabled() and weight.requires_grad
+    if compiled.takes_tensors():
+        y = compiled.C.embedding_forward_torch(ids, weight)
+        if y is not None:
+            return _record(*call, ("cpu", y)) if recorded else y
     backend = registry.choose("embedding", weight.device.type, call)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return _Embedding.apply(*call, backend)
-    return _forward(ids, weight, backend)
+    return _Embedding.apply(*call, (backend, None)) if recorded else _forward(ids, weight, backend)
 
 
 def _prepare(ids: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> tuple:
@@ -51,16 +55,20 @@ def _prepare(ids: Tensor, weight: Tensor, *, padding_idx: int | None = None) -> 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, padding, backend):  # type: ignore[override]
+    def forward(ctx, ids, weight, padding, result):  # type: ignore[override]
+        backend, y = result  # in a tuple: autograd would take a tensor that is both argument and result for a view
         ctx.save_for_backward(ids)
         ctx.rows, ctx.padding, ctx.backend = weight.shape[0], padding, backend
-        return _forward(ids, weight, backend)
+        return _forward(ids, weight, backend) if y is None else y
 
     @staticmethod
     @library.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         return None, _backward(dy, ids, ctx.rows, ctx.padding, ctx.backend), None, None
+
+
+_record = library.apply_of(_Embedding)
 
 
 def _forward_impl(ids, weight, backend):
