@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
 import fastlm
 from fastlm.cli import app
 from fastlm.cli.generate import TextStream
-from fastlm.data import ByteTokenizer
+from fastlm.cli.loading import end_tokens, load_model
+from fastlm.data import BPETokenizer, ByteTokenizer
 from fastlm.training import choose_checkpoint, start_run
 from tests.training_runs import SENTENCE, one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
@@ -164,6 +166,24 @@ class TestGenerate:
             assert fails("generate", run, "--prompt", "the", *options).startswith(f"error: {name}")  # no prompt shown
         assert "Invalid value for '--seed'" in fails("generate", run, "--seed", 2**70, code=2)
         assert "no such folder" in fails("generate", tmp_path / "no")
+
+    def test_a_model_folder_says_how_texts_begin_and_end(self, tmp_path: Path) -> None:
+        tokenizer = BPETokenizer.train([SENTENCE] * 9, 300)
+        tokenizer.backend.add_special_tokens(["<s>", "<turn>"])
+        begin, turn = (tokenizer.backend.token_to_id(name) for name in ("<s>", "<turn>"))
+        tokenizer.backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+        size = tokenizer.backend.get_vocab_size()
+        config = fastlm.GPTConfig(vocab_size=size, block_size=16, n_layer=1, n_head=1, n_embd=8)
+        fastlm.GPT(config).save_pretrained(tmp_path / "model", extra_config={"eos_token_id": turn})
+        tokenizer.save(tmp_path / "model")
+        _, loaded = load_model(tmp_path / "model")
+        assert loaded.begin == [begin]
+        assert end_tokens(tmp_path / "model", "best", loaded) == [loaded.eot, turn]
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [begin, turn]}))
+        assert end_tokens(tmp_path / "model", "best", loaded) == [loaded.eot, begin, turn]
+        assert succeeds("generate", tmp_path / "model", "--prompt", "the", "--max-new-tokens", 3).startswith("the")
+        (tmp_path / "text.txt").write_text(SENTENCE)
+        assert succeeds("evaluate", tmp_path / "model", "--text", tmp_path / "text.txt", "--json")
 
     def test_a_stream_holds_back_what_may_be_a_stop_string(self) -> None:
         stream = TextStream(ByteTokenizer().stream(), ["END", "Ex"])

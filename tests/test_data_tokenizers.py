@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, make_tokenizer
 
@@ -67,6 +68,21 @@ def test_special_tokens_in_a_text_are_ordinary_characters() -> None:
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.eot not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_a_published_vocabulary_begins_texts_by_its_own_rules(tokenizer: Tokenizer) -> None:
+    assert tokenizer.begin == [tokenizer.eot]
+    tokenizer.begin_as_published()
+    assert tokenizer.begin == [tokenizer.eot]  # they say nothing
+
+    backend = small_bpe().backend
+    backend.add_special_tokens(["<s>"])
+    special = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    llama = BPETokenizer(backend)
+    assert llama.begin == [llama.eot]
+    llama.begin_as_published()
+    assert llama.begin == [special[0][1]] and special[0][1] not in llama.encode("<s>a")
 
 
 def test_save_and_load_keep_ids_and_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -182,6 +182,11 @@ def test_rows_of_a_tensor_are_padded():
     padded = model.generate(idx, 10, temperature=0, eos_token=eos, pad_token=52)
     assert torch.equal(padded[0, :7], free[0, :7]) and bool((padded[0, 7:] == 52).all())
     assert torch.equal(model.generate(idx, 10, temperature=0, eos_token=eos)[0, 6:].unique(), torch.tensor([eos]))
+    other = int(free[1, 8])
+    both = model.generate(idx, 10, temperature=0, eos_token=[other, eos])
+    for row in range(2):
+        end = next((i for i in range(5, 15) if free[row, i] in (other, eos)), 14)
+        assert torch.equal(both[row, : end + 1], free[row, : end + 1]) and bool((both[row, end + 1 :] == other).all())
     with pytest.raises(ValueError, match="give pad_token, or the prompts as a list"):
         model.generate(idx, 10, stop=[[1]])
 

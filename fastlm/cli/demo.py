@@ -298,10 +298,9 @@ def _sample(run: Path, prompt: str, seed: int, console: Console) -> None:
     from fastlm.cli.loading import load_model
 
     model, tokenizer = load_model(run)
-    begin = [] if tokenizer.eot is None else [tokenizer.eot]
     generator = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(
-        [begin + tokenizer.encode(prompt)], SAMPLE_TOKENS, temperature=0.7, top_k=40, generator=generator
+        [tokenizer.begin + tokenizer.encode(prompt)], SAMPLE_TOKENS, temperature=0.7, top_k=40, generator=generator
     )
     console.print(Rule("sample"))
     console.print(Text(tokenizer.decode(ids[0].tolist())), soft_wrap=True)

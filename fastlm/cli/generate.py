@@ -42,7 +42,7 @@ def generate(
     """Continue one prompt, word by word as it comes, or several at once. Without a prompt, begin a new text."""
     import torch
 
-    from fastlm.cli.loading import load_model
+    from fastlm.cli.loading import end_tokens, load_model
     from fastlm.generation import Sampling
     from fastlm.models.gpt import GPT
 
@@ -51,8 +51,8 @@ def generate(
     )  # a wrong option is an error before anything is shown
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
     prompts = prompt or [""]
-    begin = [] if vocabulary.eot is None else [vocabulary.eot]
-    ids = [begin + vocabulary.encode(p) for p in prompts]
+    ids = [vocabulary.begin + vocabulary.encode(p) for p in prompts]
+    ends = end_tokens(model, checkpoint, vocabulary)
     for text, row in zip(prompts, ids, strict=True):
         if not row:
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")
@@ -65,7 +65,7 @@ def generate(
     live = len(ids) == 1
 
     def on_token(row: int, token: int) -> None:
-        text = streams[row].push(token) if token != vocabulary.eot else ""
+        text = streams[row].push(token) if token not in ends else ""
         if live:
             _write(text)
 
@@ -77,7 +77,7 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
-        "eos_token": vocabulary.eot,
+        "eos_token": ends,
         "stop": _stop_rule(vocabulary.decode, stops) if stops else None,
         "generator": torch.Generator(loaded.device).manual_seed(seed),
     }

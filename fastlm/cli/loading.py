@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def load_model(
     path: Path, *, tokenizer: Path | None = None, which: str = "best", device: str = "auto"
 ) -> tuple[GPT | LSTMLM, Tokenizer]:
-    """The model on its device, in eval mode, and its tokenizer.
+    """The model on its device, in eval mode, and its tokenizer, which begins texts as the model knows it.
 
     Args:
         path: a run folder, a checkpoint in one, or a Hugging Face model folder.
@@ -27,8 +28,25 @@ def load_model(
     from fastlm.training.trainer import resolve_device
 
     model_path, tokenizer_path = find_model(path, which)
+    published = tokenizer_path == model_path  # a model folder, not a run
     tokenizer_path = tokenizer or tokenizer_path
     loaded = load_tokenizer(tokenizer_path)
+    if published:
+        loaded.begin_as_published()
     model = causal_from_pretrained(model_path).to(resolve_device(device)).eval()
     check_vocabulary(model.config.vocab_size, loaded.vocab_size, model_path, tokenizer_path)
     return model, loaded
+
+
+def end_tokens(path: Path, which: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: the tokenizer's end of text, and what the model folder's generation_config.json or
+    config.json names, such as the end of a turn of a chat model. Arguments as for `load_model`."""
+    from fastlm.training.loading import find_model
+
+    ends = [] if tokenizer.eot is None else [tokenizer.eot]
+    for name in ("generation_config.json", "config.json"):
+        file = find_model(path, which)[0] / name
+        if file.is_file():
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ends += [named] if isinstance(named, int) else named or []
+    return list(dict.fromkeys(ends))

@@ -32,6 +32,11 @@ class BPETokenizer(Tokenizer):
         ids = (backend.token_to_id(name) for name in END_OF_TEXT_NAMES)
         self.eot = next((i for i in ids if i is not None), None)
 
+    def begin_as_published(self) -> None:
+        plain, framed = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        if plain and framed[1 : 1 + len(plain)] == plain:
+            self._begin = framed[:1]
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> BPETokenizer:
         """Train byte-level BPE (GPT-2's pre-tokenization) on the texts.

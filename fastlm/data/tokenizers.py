@@ -27,6 +27,21 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eot: int | None
 
+    _begin: list[int] | None = None
+
+    @property
+    def begin(self) -> list[int]:
+        """What stands before a text that a model reads from its beginning: end of text, as between the documents of a
+        dataset; after `begin_as_published` the vocabulary's own."""
+        if self._begin is not None:
+            return self._begin
+        return [] if self.eot is None else [self.eot]
+
+    def begin_as_published(self) -> None:
+        """Begin texts as the vocabulary's own rules say (Llama's with "<s>"), where they say anything: for models that
+        were not trained here."""
+        self._begin = None
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens: "<|endoftext|>" written in a text is ordinary characters."""

@@ -146,10 +146,9 @@ def _items(
 ) -> tuple[list[tuple[list[int], int]], int]:
     """(ids, number of ending ids) of every ending of every question, cut on the left to what the model can read."""
     limit = context_of(model) + 1  # the last id is only a target
-    begin = [] if tokenizer.eot is None else [tokenizer.eot]
     items, shortened = [], 0
     for question in questions:
-        context = begin + tokenizer.encode(question.context)
+        context = tokenizer.begin + tokenizer.encode(question.context)
         for ending in question.endings:
             ending_ids = tokenizer.encode(" " + ending)
             if len(ending_ids) >= limit:

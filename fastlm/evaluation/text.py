@@ -45,7 +45,8 @@ def score_text(model: CausalModel, tokenizer: Tokenizer, text: str, **options: o
         raise ValueError("the text is empty: there is nothing to score")
     ids = np.asarray(tokenizer.encode_batch([text])[0])
     raw = text.encode("utf-8")
-    return _score(model, ids, tokenizer.eot, len(raw), gzip_bits_per_byte(raw), **options)
+    first = next(iter(tokenizer.begin), None)
+    return _score(model, ids, first, len(raw), gzip_bits_per_byte(raw), **options)
 
 
 def score_split(model: CausalModel, tokenizer: Tokenizer, data: TokenData, **options: object) -> TextScore:
@@ -85,8 +86,8 @@ def score_tokens(
 
     Args:
         ids: 1-D.
-        first: an id put before the text (end of text), so that its first token is scored, too. None: the first token
-            is not scored.
+        first: an id put before the text (see `Tokenizer.begin`), so that its first token is scored, too. None: the
+            first token is not scored.
         stride: default block_size // 2. Smaller is slower and gives each token more context.
         batch_size: windows in one forward pass.
         precision: "fp32", or "bf16" for autocast.

@@ -13,7 +13,7 @@ from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
 from fastlm.generation.decoder import Decoder
 from fastlm.generation.graph import GraphDecoder
 from fastlm.generation.sampling import Sampling
-from fastlm.generation.stopping import Stop, stop_rule
+from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
@@ -32,7 +32,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    eos_token: int | None = None,
+    eos_token: int | Sequence[int] | None = None,
     stop: Stop | None = None,
     pad_token: int | None = None,
     generator: torch.Generator | None = None,
@@ -49,10 +49,11 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p, min_p, repetition_penalty: see `fastlm.generation.sampling`; the penalty is on the tokens of the
             prompt and of the continuation.
-        eos_token: a row that produces it is finished.
+        eos_token: a row that produces it is finished; of several, any.
         stop: a row is finished when its continuation ends with one of these token sequences, or when a function of the
             continuation (a list of ids) returns True: `stop=lambda ids: "\\n\\n" in tokenizer.decode(ids)`.
-        pad_token: fills a row that finished before the others where the result is one tensor; default: eos_token.
+        pad_token: fills a row that finished before the others where the result is one tensor; default: the (first)
+            eos_token.
         generator: the source of randomness, on the model's device. Same seed, same prompts, same tokens.
         overflow: what to do when a row is block_size long and still not finished. "slide": go on with the last half of
             the context as the new one, its positions counted from 0 (each token then sees between a half and all of
@@ -75,7 +76,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = _prompts(model, idx)
     finished_by = stop_rule(stop, eos_token)
-    pad_token = eos_token if pad_token is None else pad_token
+    pad_token = next(iter(eos_tokens(eos_token)), None) if pad_token is None else pad_token
     as_tensor = isinstance(idx, Tensor)
     if as_tensor and stop is not None and pad_token is None and len(prompts) > 1:
         raise ValueError("rows of one tensor may stop at different lengths: give pad_token, or the prompts as a list")

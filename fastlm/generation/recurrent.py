@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastlm.generation.sampling import Sampling
-from fastlm.generation.stopping import Stop, stop_rule
+from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
 
 if TYPE_CHECKING:
     from fastlm.generation.generate import Prompts
@@ -28,7 +28,7 @@ def generate_recurrent(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    eos_token: int | None = None,
+    eos_token: int | Sequence[int] | None = None,
     stop: Stop | None = None,
     generator: torch.Generator | None = None,
     stream: Callable[[int, int], object] | None = None,
@@ -78,7 +78,9 @@ def generate_recurrent(
         return results
     if not results:
         return torch.empty(0, 0, dtype=torch.int64)
-    return torch.nn.utils.rnn.pad_sequence(results, batch_first=True, padding_value=eos_token or 0)
+    return torch.nn.utils.rnn.pad_sequence(
+        results, batch_first=True, padding_value=next(iter(eos_tokens(eos_token)), 0)
+    )
 
 
 def _read(model: LSTMLM, prompts: list[Tensor]) -> tuple[list[int], Tensor, tuple[Tensor, Tensor]]:

@@ -191,8 +191,7 @@ class Trainer:
         if not self.group.is_first and self.shards is None:  # sharded, all do the same
             return ""
         settings = self.config.evaluation
-        begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-        prompt = (begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
+        prompt = (self.tokenizer.begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
         generator = torch.Generator(self.device).manual_seed(self.config.training.seed + self.step)
         idx = torch.tensor([prompt], device=self.device)
         with self._autocast(), self._outside_training():
