@@ -178,9 +178,9 @@ class TestGenerate:
         tokenizer.save(tmp_path / "model")
         _, loaded = load_model(tmp_path / "model")
         assert loaded.begin == [begin]
-        assert end_tokens(tmp_path / "model", "best", loaded) == [loaded.eot, turn]
+        assert end_tokens(tmp_path / "model", loaded) == [loaded.eot, turn]
         (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [begin, turn]}))
-        assert end_tokens(tmp_path / "model", "best", loaded) == [loaded.eot, begin, turn]
+        assert end_tokens(tmp_path / "model", loaded) == [loaded.eot, begin, turn]
         assert succeeds("generate", tmp_path / "model", "--prompt", "the", "--max-new-tokens", 3).startswith("the")
         (tmp_path / "text.txt").write_text(SENTENCE)
         assert succeeds("evaluate", tmp_path / "model", "--text", tmp_path / "text.txt", "--json")

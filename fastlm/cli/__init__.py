@@ -6,6 +6,7 @@ import importlib.util
 
 import typer
 
+from fastlm.cli.chat import chat
 from fastlm.cli.classify import classify
 from fastlm.cli.demo import demo
 from fastlm.cli.errors import FriendlyGroup
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, prepare, train, finetune, evaluate, generate, fill, classify, translate, info, tune):
+for command in (demo, prepare, train, finetune, evaluate, generate, chat, fill, classify, translate, info, tune):
     app.command()(command)
 if importlib.util.find_spec("fastlm.cli.bench"):
     app.command()(importlib.import_module("fastlm.cli.bench").bench)

@@ -45,6 +45,7 @@ def generate(
     from fastlm.cli.loading import end_tokens, load_model
     from fastlm.generation import Sampling
     from fastlm.models.gpt import GPT
+    from fastlm.training.loading import find_model
 
     Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty
@@ -52,7 +53,7 @@ def generate(
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
     prompts = prompt or [""]
     ids = [vocabulary.begin + vocabulary.encode(p) for p in prompts]
-    ends = end_tokens(model, checkpoint, vocabulary)
+    ends = end_tokens(find_model(model, checkpoint)[0], vocabulary)
     for text, row in zip(prompts, ids, strict=True):
         if not row:
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")
@@ -67,10 +68,10 @@ def generate(
     def on_token(row: int, token: int) -> None:
         text = streams[row].push(token) if token not in ends else ""
         if live:
-            _write(text)
+            write(text)
 
     if live:
-        _write(prompts[0])
+        write(prompts[0])
     options: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -85,7 +86,7 @@ def generate(
     for text, stream in zip(prompts, streams, strict=True):
         rest = stream.flush()
         if live:
-            _write(rest + "\n")
+            write(rest + "\n")
         else:
             typer.echo(f"--- {text!r}\n{text}{stream.text}")
 
@@ -140,6 +141,6 @@ def _stop_rule(decode: Callable[[list[int]], str], stops: list[str]) -> Callable
     return stopped
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()

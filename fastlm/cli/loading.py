@@ -38,14 +38,12 @@ def load_model(
     return model, loaded
 
 
-def end_tokens(path: Path, which: str, tokenizer: Tokenizer) -> list[int]:
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """The ids that end a text: the tokenizer's end of text, and what the model folder's generation_config.json or
-    config.json names, such as the end of a turn of a chat model. Arguments as for `load_model`."""
-    from fastlm.training.loading import find_model
-
+    config.json names, such as the end of a turn of a chat model."""
     ends = [] if tokenizer.eot is None else [tokenizer.eot]
     for name in ("generation_config.json", "config.json"):
-        file = find_model(path, which)[0] / name
+        file = folder / name
         if file.is_file():
             named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
             ends += [named] if isinstance(named, int) else named or []

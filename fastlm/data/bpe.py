@@ -89,6 +89,19 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_marked_up(self, text: str) -> list[int]:
+        """As `encode`, but special tokens in the text are themselves: for what a chat template made."""
+        self.backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.backend.encode_special_tokens = True
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens beside the vocabulary's merges: special ones, and others that a text may hold."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One call into Rust for all texts: it runs them in parallel (TOKENIZERS_PARALLELISM, RAYON_NUM_THREADS).
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
