@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.generation import KVCache, RaggedCache
+from fastlm.generation import KVCache, PrefixCache, RaggedCache
 from fastlm.generation.cache import Pool, PoolRows
 
 TINY = {
@@ -189,6 +189,49 @@ def test_rows_of_a_tensor_are_padded():
         assert torch.equal(both[row, : end + 1], free[row, : end + 1]) and bool((both[row, end + 1 :] == other).all())
     with pytest.raises(ValueError, match="give pad_token, or the prompts as a list"):
         model.generate(idx, 10, stop=[[1]])
+
+
+@variants
+def test_a_prefix_cache_spares_what_was_read(changes, monkeypatch):
+    model, kept, read = tiny(**changes), PrefixCache(), []
+    transform = fastlm.GPT.hidden_states
+
+    def counted(self, idx, **options):
+        read.append(idx.shape[1])
+        return transform(self, idx, **options)
+
+    monkeypatch.setattr(fastlm.GPT, "hidden_states", counted)
+    text = prompts(5)[0].tolist()
+    for turn, new in enumerate(([], [7, 3, 9], [4], [8, 8])):
+        prompt = text + new
+        expected = model.generate([prompt], 4, temperature=0)[0].tolist()
+        read.clear()
+        stop = [expected[-2]] if turn == 1 else None  # a row that is finished leaves its cache, too
+        text = model.generate([prompt], 4, temperature=0, stop=stop, prefix_cache=kept)[0].tolist()
+        assert text == expected[: len(text)]
+        # what is new and the last token before it, which was never read; tokens that C++ decodes do not show here
+        assert read[0] == (len(prompt) if turn == 0 else len(new) + 1)
+    other = [1, *text[1:6]]  # nothing of it is known
+    read.clear()
+    got = model.generate([other], 4, temperature=0, prefix_cache=kept)[0]
+    assert read[0] == 6 and torch.equal(got, model.generate([other], 4, temperature=0)[0])
+    with pytest.raises(ValueError, match="a prefix_cache is for one prompt, got 2"):
+        model.generate(prompts(3, 3), 1, prefix_cache=kept)
+
+
+def test_a_prefix_cache_outlives_what_goes_wrong_and_contexts_that_slide():
+    model, kept = tiny(), PrefixCache()
+    block_size = model.config.block_size
+    prompt = prompts(5)[0].tolist()
+
+    def interrupt(row, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([prompt], 4, temperature=0, stream=interrupt, prefix_cache=kept)
+    for count in (4, block_size + 3, 2, block_size):
+        got = model.generate([prompt], count, temperature=0, prefix_cache=kept)[0]
+        assert torch.equal(got, model.generate([prompt], count, temperature=0)[0])
 
 
 def test_streaming_tells_every_token_once():

@@ -93,7 +93,7 @@ def test_a_cache_that_was_emptied_or_cut_goes_on(device: str) -> None:
     decode, cache = GraphDecoder(model), filled(model, 3, 7)
     for step in range(3):
         decode(token(model, 3, step), cache)
-    cache.clear()
+    cache.cut(0)
     model.hidden_states(token(model, 3, 9), cache=cache)
     cache.keep(torch.tensor([0, 2], device=model.device))
     other = KVCache(model.config.n_layer)

@@ -47,7 +47,7 @@ def chat(
     import torch
 
     from fastlm.data import BPETokenizer, load_tokenizer
-    from fastlm.generation import Sampling
+    from fastlm.generation import PrefixCache, Sampling
     from fastlm.generation.chat import ChatTemplate, Message
     from fastlm.models.gpt import GPT
     from fastlm.training.trainer import resolve_device
@@ -65,6 +65,7 @@ def chat(
 
     begin: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(begin)
+    read = PrefixCache()  # the conversation so far is not read again
     for line in lines():
         if line == "/exit":
             break
@@ -99,6 +100,7 @@ def chat(
                 eos_token=ends,
                 generator=generator,
                 stream=on_token,
+                prefix_cache=read,
             )
         write(answer.flush() + "\n")
         messages = [*asked, {"role": "assistant", "content": answer.text}]

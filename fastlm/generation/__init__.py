@@ -1,7 +1,7 @@
 """Generation: `generate`, the caches it uses, and the sampling functions."""
 
 from fastlm.generation.beam import Hypothesis, beam_search
-from fastlm.generation.cache import KVCache, RaggedCache
+from fastlm.generation.cache import KVCache, PrefixCache, RaggedCache
 from fastlm.generation.generate import generate
 from fastlm.generation.recurrent import generate_recurrent
 from fastlm.generation.sampling import Sampling, filter_min_p, filter_top_k, filter_top_p, penalise_repetition
@@ -10,6 +10,7 @@ from fastlm.generation.stopping import stop_rule
 __all__ = [
     "Hypothesis",
     "KVCache",
+    "PrefixCache",
     "RaggedCache",
     "Sampling",
     "beam_search",

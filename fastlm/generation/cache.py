@@ -148,9 +148,9 @@ class KVCache:
         layers = len(self._keys)
         return (held[:layers], held[layers:]) if len(held) == 2 * layers else None
 
-    def clear(self) -> None:
-        """Forget all tokens; the memory is kept."""
-        self.length = 0
+    def cut(self, length: int) -> None:
+        """Forget all tokens but the first `length`; the memory is kept."""
+        self.length = min(self.length, length)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, in this order: (N) int64."""
@@ -175,6 +175,32 @@ class KVCache:
             room[:, : self.length] = held[:, : self.length]
         store[layer] = room
         return room
+
+
+class PrefixCache:
+    """Keys and values of one sequence that outlive a call of `generate(..., prefix_cache=…)`.
+
+    The next prompt is read from where it differs from that sequence: of a conversation that grows by a turn, only what
+    is new. For one model, while its weights stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []  # of the cache
+        self._cache: KVCache | None = None
+
+    def lend(self, prompt: list[int], n_layer: int) -> KVCache:
+        """A cache that holds as much of the prompt as is known, but for its last token."""
+        known = 0
+        while known < min(len(self._tokens), len(prompt) - 1) and self._tokens[known] == prompt[known]:
+            known += 1
+        cache = KVCache(n_layer) if self._cache is None else self._cache
+        self._tokens, self._cache = [], None  # until it is given back
+        cache.cut(known)
+        return cache
+
+    def give_back(self, cache: KVCache, tokens: list[int]) -> None:
+        """The cache, and the tokens that it holds."""
+        self._tokens, self._cache = tokens, cache
 
 
 class RaggedCache:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
+from fastlm.generation.cache import KVCache, Pool, PoolRows, PrefixCache, RaggedCache
 from fastlm.generation.decoder import Decoder
 from fastlm.generation.graph import GraphDecoder
 from fastlm.generation.sampling import Sampling
@@ -38,6 +38,7 @@ def generate(
     generator: torch.Generator | None = None,
     overflow: str = "slide",
     stream: Callable[[int, int], object] | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Tensor | list[Tensor]:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
@@ -60,6 +61,7 @@ def generate(
             block_size, at the cost of one prefill for each half). "error": refuse, before anything is generated, what
             could get that far.
         stream: called as stream(row, token) for every new token as soon as it is known.
+        prefix_cache: for one prompt: what an earlier call with it has read or written is not read again.
 
     Returns:
         The prompts and their continuations, the eos or stop tokens included: for a tensor a tensor (B, T + new), for a
@@ -80,6 +82,8 @@ def generate(
     as_tensor = isinstance(idx, Tensor)
     if as_tensor and stop is not None and pad_token is None and len(prompts) > 1:
         raise ValueError("rows of one tensor may stop at different lengths: give pad_token, or the prompts as a list")
+    if prefix_cache is not None and len(prompts) != 1:
+        raise ValueError(f"a prefix_cache is for one prompt, got {len(prompts)}")
     longest = max((len(p) for p in prompts), default=0)
     if overflow == "error" and longest + max_new_tokens > model.config.block_size:
         raise ValueError(
@@ -89,6 +93,9 @@ def generate(
 
     groups = _Group.by_length(model, prompts, max_new_tokens, with_seen=repetition_penalty is not None)
     results = list(prompts)
+    known = groups[:1]  # whose cache is the prefix_cache's
+    if prefix_cache is not None:
+        known[0].cache = prefix_cache.lend(prompts[0].tolist(), model.config.n_layer)
     was_training = model.training
     model.eval()
     try:
@@ -113,6 +120,8 @@ def generate(
     finally:
         if was_training:
             model.train()
+        if prefix_cache is not None:
+            prefix_cache.give_back(known[0].cache, known[0].cached())
     for group in groups:
         group.finish(range(len(group.rows)), results)
     return _padded(results, pad_token) if as_tensor else results
@@ -126,6 +135,7 @@ class _Group:
     ) -> None:
         self.rows = rows  # where these rows stand in the caller's batch
         self.length = len(prompts[0])
+        self.start = 0  # the place of the cache's first token
         self.tokens = prompts[0].new_zeros(len(rows), self.length + max_new_tokens)
         self.tokens[:, : self.length] = torch.stack(prompts)
         self.block_size = model.config.block_size
@@ -149,13 +159,17 @@ class _Group:
         return groups
 
     def new_context(self) -> Tensor | None:
-        """The tokens for an empty cache: the prompt or, where the cache is full, the last half. None: it goes on."""
-        if self.cache.length == 0:
-            return self.tokens[:, : self.length]
+        """The tokens to read before the next one is decoded: the prompt, or what of it is not in the cache; where the
+        cache is full, for an empty one, the last half. None: there is only the newest token."""
         if self.cache.length == self.block_size:
-            self.cache.clear()
-            return self.tokens[:, self.length - max(self.block_size // 2, 1) : self.length]
-        return None
+            self.cache.cut(0)
+            self.start = self.length - max(self.block_size // 2, 1)
+        at = self.start + self.cache.length
+        return self.tokens[:, at : self.length] if self.cache.length == 0 or self.length - at > 1 else None
+
+    def cached(self) -> list[int]:
+        """The tokens of the first row that the cache holds."""
+        return self.tokens[0, self.start : self.start + self.cache.length].tolist()
 
     def append(self, new: Tensor) -> None:
         """new: (rows), the next token of each."""
@@ -186,6 +200,8 @@ class _Group:
 
     def _keep(self, which: list[int]) -> None:
         self.rows = [self.rows[i] for i in which]
+        if not which:  # the cache may be wanted yet
+            return
         self.continuations = [self.continuations[i] for i in which]
         index = torch.tensor(which, dtype=torch.int64, device=self.tokens.device)
         self.tokens = self.tokens.index_select(0, index)
