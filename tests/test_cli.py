@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
@@ -166,6 +167,18 @@ class TestGenerate:
             assert fails("generate", run, "--prompt", "the", *options).startswith(f"error: {name}")  # no prompt shown
         assert "Invalid value for '--seed'" in fails("generate", run, "--seed", 2**70, code=2)
         assert "no such folder" in fails("generate", tmp_path / "no")
+
+    def test_the_dtype_of_the_weights(self, trained: Path, tmp_path: Path) -> None:
+        run = trained / "run"
+        for name, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            assert load_model(run, dtype=name)[0].wte.weight.dtype == dtype
+        assert succeeds("generate", run, "--prompt", "the", "--dtype", "bfloat16", "--max-new-tokens", 2)
+        assert "--dtype must be one of auto," in fails("generate", run, "--prompt", "the", "--dtype", "int8")
+        size = ByteTokenizer().vocab_size
+        fastlm.LSTMLM(size, 8, 8, 1).save_pretrained(tmp_path / "lstm")
+        ByteTokenizer().save(tmp_path / "lstm")
+        assert "an LSTM's weights are float32" in fails("generate", tmp_path / "lstm", "--dtype", "bfloat16")
+        assert load_model(tmp_path / "lstm")[0].config.vocab_size == size
 
     def test_a_model_folder_says_how_texts_begin_and_end(self, tmp_path: Path) -> None:
         tokenizer = BPETokenizer.train([SENTENCE] * 9, 300)

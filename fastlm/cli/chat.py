@@ -12,9 +12,7 @@ from typing import Annotated
 import typer
 
 from fastlm.cli.generate import TextStream, write
-from fastlm.cli.loading import end_tokens
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from fastlm.cli.loading import end_tokens, torch_dtype
 
 
 def chat(
@@ -52,13 +50,11 @@ def chat(
     from fastlm.models.gpt import GPT
     from fastlm.training.trainer import resolve_device
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    Sampling(temperature, top_k, top_p, min_p, repetition_penalty)  # a wrong option is an error before all else
+    # a wrong option is an error before all else
+    stored, _ = torch_dtype(dtype), Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     template, vocabulary = ChatTemplate.from_folder(model), load_tokenizer(model)
     if not isinstance(vocabulary, BPETokenizer):
         raise ValueError(f"{model} has no tokenizer.json: a chat template needs its special tokens")
-    stored = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded = GPT.from_pretrained(model, dtype=stored, device=resolve_device(device))
     ends = end_tokens(model, vocabulary)
     generator = torch.Generator(loaded.device).manual_seed(seed)

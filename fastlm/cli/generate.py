@@ -37,6 +37,9 @@ def generate(
         Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto (as they are stored).")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
     """Continue one prompt, word by word as it comes, or several at once. Without a prompt, begin a new text."""
@@ -50,7 +53,7 @@ def generate(
     Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty
     )  # a wrong option is an error before anything is shown
-    loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, device=device)
+    loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, dtype=dtype, device=device)
     prompts = prompt or [""]
     ids = [vocabulary.begin + vocabulary.encode(p) for p in prompts]
     ends = end_tokens(find_model(model, checkpoint)[0], vocabulary)

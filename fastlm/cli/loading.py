@@ -7,13 +7,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from fastlm.data import Tokenizer
     from fastlm.models.gpt import GPT
     from fastlm.models.lstm import LSTMLM
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # auto: as they are stored
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """What `from_pretrained` takes for one of DTYPES."""
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return name if name == "auto" else getattr(torch, name)
+
 
 def load_model(
-    path: Path, *, tokenizer: Path | None = None, which: str = "best", device: str = "auto"
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    which: str = "best",
+    dtype: str = "float32",
+    device: str = "auto",
 ) -> tuple[GPT | LSTMLM, Tokenizer]:
     """The model on its device, in eval mode, and its tokenizer, which begins texts as the model knows it.
 
@@ -21,6 +39,7 @@ def load_model(
         path: a run folder, a checkpoint in one, or a Hugging Face model folder.
         tokenizer: where its tokenizer is, when not in the folder itself.
         which: which checkpoint of a run: "best" or "last".
+        dtype: of the weights, one of DTYPES.
     """
     from fastlm.data import load_tokenizer
     from fastlm.models.huggingface import causal_from_pretrained
@@ -33,7 +52,7 @@ def load_model(
     loaded = load_tokenizer(tokenizer_path)
     if published:
         loaded.begin_as_published()
-    model = causal_from_pretrained(model_path).to(resolve_device(device)).eval()
+    model = causal_from_pretrained(model_path, dtype=torch_dtype(dtype), device=resolve_device(device)).eval()
     check_vocabulary(model.config.vocab_size, loaded.vocab_size, model_path, tokenizer_path)
     return model, loaded
 

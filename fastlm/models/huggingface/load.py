@@ -110,6 +110,9 @@ def model_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT |
 def causal_from_pretrained(path: str | os.PathLike[str], **options: Any) -> GPT | LSTMLM:
     """Load a model that predicts the next token: a GPT or an LSTM."""
     if read_config(Path(path)).get("model_type") == LSTM_TYPE:
+        dtype = options.pop("dtype", "auto")
+        if dtype not in ("auto", torch.float32):
+            raise ValueError(f"an LSTM's weights are float32, got dtype={dtype}")
         return LSTMLM.from_pretrained(path, **options)
     return from_pretrained(path, **options)
 
