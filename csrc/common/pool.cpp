@@ -1,5 +1,6 @@
 #include "common/pool.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -43,9 +44,12 @@ struct Pool {
   PoolState state{default_limit(), 0, 0, 0, 0};
 };
 
-// Never destroyed: tensors may die after static objects do.
+// Never destroyed: tensors may die after static objects do. A process that is forked while another thread holds the mutex
+// would inherit it locked, for ever: so whoever forks holds it.
 Pool& pool() {
   static Pool* const p = new Pool;
+  static const int registered = pthread_atfork([] { p->mutex.lock(); }, [] { p->mutex.unlock(); }, [] { p->mutex.unlock(); });
+  static_cast<void>(registered);
   return *p;
 }
 

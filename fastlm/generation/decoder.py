@@ -16,6 +16,7 @@ from fastlm.models.gpt import GPT, Block
 from fastlm.nn import MLP, Attention, LayerNorm, RMSNorm
 from fastlm.nn.linear import Linear
 from fastlm.ops import native, registry
+from fastlm.ops.library import untraced
 from fastlm.ops.mlp.native import CODE
 from fastlm.ops.native import DTYPE_CODE, pointer
 from fastlm.ops.products import SKINNY_ROWS
@@ -66,6 +67,7 @@ class Decoder:
             for module in model.blocks.modules()
         )
 
+    @untraced
     def __call__(self, last: Tensor, cache: KVCache | RaggedCache) -> Tensor:
         """What `model.hidden_states(last, cache=cache)` gives: last (B, 1) token ids -> (B, 1, C)."""
         if len(last) > SKINNY_ROWS:

@@ -113,10 +113,11 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         self._check(idx, cu_seqlens, max_seqlen, cache)
-        if self.lm_head is None:
+        plain = type(self.wte) is Embedding and not (self.wte._forward_hooks or self.wte._forward_pre_hooks)
+        if self.lm_head is None and plain:
             tokens, head_weight = tied_embedding(idx, self.wte.weight)
         else:
-            tokens, head_weight = self.wte(idx), self.lm_head.weight
+            tokens, head_weight = self.wte(idx), self.head_weight
         hidden = self._transform(tokens, cu_seqlens, max_seqlen, cache)
         loss = ops.linear_cross_entropy(
             hidden,

@@ -12,11 +12,12 @@ nobody looking, a raw op is therefore an ordinary function call.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.compiler import is_dynamo_compiling as _is_dynamo_compiling
@@ -33,11 +34,17 @@ def watched() -> bool:
     """Whether somebody looks at calls from outside, and raw ops therefore go through the dispatcher."""
     return (
         _is_dynamo_compiling()
+        or _get_tracing_state() is not None  # torch.jit.trace
         or _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()  # vmap, grad
         or _profiler._is_profiler_enabled
         or _forward_ad._current_level >= 0
     )
+
+
+def transformed() -> bool:
+    """Whether somebody makes something else of what is called, and needs calls that he knows: a graph, a batch."""
+    return _len_torch_dispatch_stack() > 0 or _are_functorch_transforms_active() or _get_tracing_state() is not None
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -48,6 +55,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, on_their_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
+    if "(a!)" not in schema:
+        torch.library.register_autograd(f"fastlm::{name}", _no_derivative(name), lib=LIBRARY)
     overload = getattr(torch.ops.fastlm, name).default
 
     def call(*arguments: Any) -> Any:
@@ -58,6 +67,38 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         if first is None or first.is_cuda:
             return on_their_device(*arguments)
         return implementation(*arguments)
+
+    return call
+
+
+def _no_derivative(name: str) -> Callable:
+    """The backward pass of a raw op that the dispatcher was asked to differentiate: vmap does, and an exported program
+    whose parameters require gradients. Without it their gradients would be missing in silence."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"fastlm::{name} has no derivative below autograd's functions, where vmap and exported programs call it; "
+            "differentiate the function of fastlm.ops, or call these under torch.no_grad()"
+        )
+
+    return backward
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch.compile's machinery is there. Where it has not been imported nobody can be tracing."""
+    return "torch._dynamo" in sys.modules
+
+
+def untraced(function: Callable) -> Callable:
+    """torch.compiler.disable, without loading that machinery: for functions that hand addresses to C++.
+
+    A graph that breaks in the middle of such a function would free the tensors whose addresses are on their way.
+    """
+    guarded = torch._disable_dynamo(function)  # torch.compiler.disable would import it here and now
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (guarded if compiler_is_loaded() else function)(*args, **kwargs)
 
     return call
 

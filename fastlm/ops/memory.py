@@ -17,6 +17,7 @@ from torch._C import _from_dlpack  # torch.utils.dlpack.from_dlpack, without wha
 from fastlm.ops import native
 
 POOLED_BYTES = 256 << 10  # smaller tensors are torch's: the C library keeps memory in such sizes by itself
+_DIMS = 8  # the most that a pooled tensor has (csrc/common/dlpack.h)
 _C = native.C
 
 
@@ -25,8 +26,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = dtype.itemsize
     for size in shape:
         count *= size
-    if count < POOLED_BYTES or dtype not in native.DTYPE_CODE or _C is None:
-        return torch.empty(shape, dtype=dtype)
+    if count < POOLED_BYTES or dtype not in native.DTYPE_CODE or _C is None or len(shape) > _DIMS:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return _from_dlpack(_C.pooled_tensor(tuple(shape), native.DTYPE_CODE[dtype]))
 
 
@@ -35,6 +36,11 @@ def empty_like(t: Tensor) -> Tensor:
     if t.is_cpu and t.nbytes >= POOLED_BYTES:
         return empty(t.shape, t.dtype)
     return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def reshaped(t: Tensor, *shape: int) -> Tensor:
+    """t in another shape, for a result of an autograd.Function: what `view` gives could not be written to in place."""
+    return torch.ops.aten._unsafe_view(t, shape)
 
 
 @dataclass(frozen=True)

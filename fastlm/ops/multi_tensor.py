@@ -36,7 +36,11 @@ def on_device(table: bytes, device: torch.device) -> Tensor:
 
 
 def _tensor(table: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(table), dtype=torch.int64) if table else torch.empty(0, dtype=torch.int64)
+    return (
+        torch.frombuffer(bytearray(table), dtype=torch.int64)
+        if table
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
 
 
 def _upload(table: bytes, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from torch import Tensor
 from fastlm.ops import checks
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.adamw.native import common_step
-from fastlm.optim.tracing import base_method, untraced
+from fastlm.ops.library import untraced
+from fastlm.optim.tracing import base_method
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may be sharded: DTensors
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # kept wide and contiguous
 _Batch = list[tuple[Tensor, dict[str, Any]]]
 
@@ -103,7 +105,13 @@ class AdamW(torch.optim.Optimizer):
             ValueError: the groups, or the shapes of the moments, do not fit this optimizer's parameters.
         """
         masters = [group["master_weights"] for group in self.param_groups]
-        base_method(self, "load_state_dict")(state_dict)
+        given = [state_dict]  # the last: what the hooks make of it
+        last = self.register_load_state_dict_pre_hook(lambda _, changed: given.append(changed))
+        try:
+            base_method(self, "load_state_dict")(state_dict)
+        finally:
+            last.remove()
+        state_dict = given[-1]
         for group, saved, master_weights in zip(self.param_groups, state_dict["param_groups"], masters, strict=True):
             group["master_weights"] = saved.get("master_weights", master_weights)
             for p, key in zip(group["params"], saved["params"], strict=True):
@@ -158,7 +166,7 @@ class AdamW(torch.optim.Optimizer):
         """The parameter's state, with what its group's options need and it does not have yet."""
         state: dict[str, Any] = self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it waits for no device
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # reading it waits for no device
             state["exp_avg"] = _zeros(p)
             state["exp_avg_sq"] = _zeros(p)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
@@ -171,13 +179,18 @@ class AdamW(torch.optim.Optimizer):
 def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | Tensor) -> None:
     states = [state for _, state in batch]
     beta1, beta2 = group["betas"]
+    params: list[Any] = [p for p, _ in batch]
+    grads: list[Any] = [p.grad for p in params]
+    if any(g.is_neg() for g in grads):  # a kernel would not see that their signs are yet to be turned
+        grads = [g.resolve_neg() for g in grads]
+    local = _as_they_are if all(type(p) in _PLAIN for p in params) else _local
     adamw_(
-        [p for p, _ in batch],
-        [p.grad for p, _ in batch],  # type: ignore[misc]
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
-        [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else None,
-        [s["master"] if _has_master(p, group) else None for p, s in batch] if group["master_weights"] else None,
+        local(params),
+        local(grads),
+        local([s["exp_avg"] for s in states]),
+        local([s["exp_avg_sq"] for s in states]),
+        local([s["max_exp_avg_sq"] for s in states]) if group["amsgrad"] else None,
+        local([s["master"] if _has_master(p, group) else None for p, s in batch]) if group["master_weights"] else None,
         step=step + 1,
         lr=float(group["lr"]),
         beta1=float(beta1),
@@ -199,8 +212,18 @@ def _on_device_of(p: Tensor, grad_scale: float | Tensor) -> float | Tensor:
     return float(grad_scale)
 
 
+def _as_they_are(tensors: list[Any]) -> list[Any]:
+    return tensors
+
+
+def _local(tensors: list[Any]) -> list[Any]:
+    """This process's part of tensors that are sharded: the update of an element needs no other one."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
 def _zeros(p: Tensor) -> Tensor:
-    return torch.zeros(p.shape, dtype=checks.statistics_dtype(p), device=p.device)
+    zeros = torch.zeros if type(p) in _PLAIN else p.new_zeros  # of a sharded parameter: sharded in the same way
+    return zeros(p.shape, dtype=checks.statistics_dtype(p), device=p.device)
 
 
 def _has_master(p: Tensor, group: dict[str, Any]) -> bool:
@@ -211,7 +234,7 @@ def _loaded(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as this class keeps it: its own memory, wide contiguous moments, the step on the CPU."""
     state = dict(saved)
     if "step" in saved:
-        state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
+        state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
     for name in _MOMENTS:
         if name not in saved:
             continue

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from fastlm.ops import checks, registry
+from fastlm.ops import checks, library, registry
 from fastlm.ops.adamw import cuda, native, reference, triton
 
 
+@library.untraced
 @torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
@@ -62,6 +64,7 @@ def adamw_(
             _check_step(params[0], step, grad_scale)
             module = cuda if params[0].is_cuda else native
             module.step_rows(*rows, params[0], step, lr, beta1, beta2, eps, weight_decay, grad_scale, maximize)
+            increment_version(params)
             return
     call = _prepare(
         params,
@@ -83,6 +86,7 @@ def adamw_(
         return
     backend = registry.choose("adamw", params[0].device.type, call)
     registry.implementation("adamw", backend).step(*call)
+    increment_version(params)  # what a graph has saved of them is no longer that
 
 
 def _prepare(

@@ -18,6 +18,8 @@ def unsupported(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -
     for t in (*params, *grads):
         if t.dtype not in DTYPE_CODE:
             return f"its kernel is for float32, bfloat16 and float16, got {t.dtype}"
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            return f"a parameter or gradient is a {type(t).__name__}"
     return None
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks, registry
+from fastlm.ops import checks, library, registry
 from fastlm.ops.grad_norm import cuda, native, reference, triton
 
 
+@library.untraced
 @torch.no_grad()
 def grad_norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """The 2-norm of all tensors together, and min(1, max_norm / (norm + 1e-6)).

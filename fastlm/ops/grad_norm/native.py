@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import library, native
 from fastlm.ops.multi_tensor import chunks_of
 from fastlm.ops.native import DTYPE_CODE
 
 
 def unsupported(gradients: Sequence[Tensor], *rest: Any) -> str | None:
+    if library.transformed():
+        return "the call is traced or transformed, and the kernel is no op of the dispatcher's"
     for g in gradients:
         if g.dtype not in DTYPE_CODE:
             return f"its kernel is for float32, bfloat16 and float16, got {g.dtype}"
@@ -27,8 +29,8 @@ def unsupported(gradients: Sequence[Tensor], *rest: Any) -> str | None:
 
 def norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     table, _packed, chunks = table_of(gradients)
-    sums = torch.empty(chunks, dtype=torch.float64)
-    result = torch.empty(2, dtype=torch.float32)
+    sums = torch.empty(chunks, dtype=torch.float64, device="cpu")
+    result = torch.empty(2, dtype=torch.float32, device="cpu")
     native.C.grad_norm(table, chunks, sums.data_ptr(), max_norm, result.data_ptr())
     return result[0], result[1]
 

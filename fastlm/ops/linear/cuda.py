@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
+from fastlm.ops import memory, native
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.gradients import weight_gradient
 from fastlm.ops.linear.native import unsupported
@@ -18,7 +18,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     with autocast_off(x):
         y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.view(*x.shape[:-1], len(weight))
+    return memory.reshaped(y, *x.shape[:-1], len(weight))
 
 
 def backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import products
+from fastlm.ops import memory, products
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.native import DTYPE_CODE
 
@@ -24,7 +24,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         products.skinny(x, weight, bias, y, count)
         return y
     with autocast_off(x):
-        return _product(x.reshape(-1, depth), weight, bias).view(*x.shape[:-1], width)
+        return memory.reshaped(_product(x.reshape(-1, depth), weight, bias), *x.shape[:-1], width)
 
 
 def backward(

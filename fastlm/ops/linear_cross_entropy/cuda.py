@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import gemm, native
+from fastlm.ops import gemm, memory, native
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.linear_cross_entropy.native import unsupported
 from fastlm.ops.linear_cross_entropy.reference import check_targets
@@ -46,7 +46,8 @@ def forward(
     inverse = count.clamp(min=1).float().reciprocal() if reduction == "mean" else None
     work.run(loss, lse, None, (label_smoothing, z_loss, softcap), inverse)
     if reduction == "none":
-        return loss.view(targets.shape), lse.view(targets.shape), work.dx, work.dweight
+        losses, lses = (memory.reshaped(t, *targets.shape) for t in (loss, lse))
+        return losses, lses, work.dx, work.dweight
     total = loss.sum(dtype=torch.float64)
     total = (total / count if reduction == "mean" else total).float()
     return total, lse.new_empty(0), work.dx, work.dweight

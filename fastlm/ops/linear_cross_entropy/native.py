@@ -48,7 +48,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = _Work(x, weight, targets, ignore_index, needs if reduction != "none" else [False, False])
     count = len(work.targets)
-    loss, lse = torch.empty(count), torch.empty(count)
+    loss, lse = memory.empty((count,), torch.float32), memory.empty((count,), torch.float32)
     # The mean's 1 / N goes into each row's gradient; in half precision, too narrow for it, to the sums.
     inverse = 1.0 / count if reduction == "mean" and count else 1.0
     fold = work.exact
@@ -57,7 +57,8 @@ def forward(
         work.dx.mul_(inverse)
         work.dweight.mul_(inverse)
     if reduction == "none":
-        return work.spread(loss).view(targets.shape), work.spread(lse).view(targets.shape), work.dx, work.dweight
+        losses, lses = (memory.reshaped(work.spread(t), *targets.shape) for t in (loss, lse))
+        return losses, lses, work.dx, work.dweight
     total = loss.sum(dtype=torch.float64)
     total = (total / count if reduction == "mean" else total).float()
     return total, lse.new_empty(0), work.whole_dx(x), work.dweight

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, architecture, gemm, next_power_of_2
@@ -68,7 +69,8 @@ def forward(
     options = ignore_index, label_smoothing, z_loss, softcap
     dx, dweight = _run(rows, weight, flat, loss, lse, None, divisor, options, makes)
     if reduction == "none":
-        return loss.view(targets.shape), lse.view(targets.shape), dx, dweight
+        losses, lses = (memory.reshaped(t, *targets.shape) for t in (loss, lse))
+        return losses, lses, dx, dweight
     total = loss.sum(dtype=torch.float64)
     if count is not None:
         total = total / count[0]

@@ -38,7 +38,8 @@ def linear_act_forward(
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
         with autocast_off(x):
             hidden, pre = _small_forward(rows, weight, bias, activation, keep)
-        return hidden.view(*x.shape[:-1], hidden.shape[1]), pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
+        hidden = memory.reshaped(hidden, *x.shape[:-1], hidden.shape[1])
+        return hidden, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     hidden = memory.empty((*x.shape[:-1], _hidden_width(wide, activation)), x.dtype)
     flat = hidden.view(len(rows), hidden.shape[-1])
     pre = memory.empty((*x.shape[:-1], wide) if keep else (0,), x.dtype)
@@ -63,7 +64,7 @@ def mlp_forward(
     if len(rows) * wide * x.element_size() <= SMALL_BYTES:
         with autocast_off(x):
             hidden, pre = _small_forward(rows, fc_weight, fc_bias, activation, keep)
-            y = products.linear(hidden, proj_weight, proj_bias).view(*x.shape[:-1], proj_weight.shape[0])
+            y = memory.reshaped(products.linear(hidden, proj_weight, proj_bias), *x.shape[:-1], len(proj_weight))
         return y, pre.view(*x.shape[:-1], wide) if keep else x.new_empty(0)
     y = memory.empty((*x.shape[:-1], proj_weight.shape[0]), x.dtype)
     flat = y.view(len(rows), y.shape[-1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastlm.ops import checks, library, registry
 from fastlm.ops.rotary import native, reference, triton
@@ -53,6 +54,8 @@ def rotary(
     backend = registry.choose("rotary", q.device.type, call)
     if inplace:
         _inplace(q, k, cos, sin, positions, interleaved, backend)
+        if not library.watched():  # the dispatcher counts by itself
+            increment_version((q, k))
         return q, k
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rotary.apply(q, k, cos, sin, positions, interleaved, backend)
