@@ -52,7 +52,7 @@ def run(function: Any, arguments: dict[str, Any], upstream: list[Tensor] | None 
     leaves = {k: v.detach().requires_grad_() for k, v in differentiable(arguments).items()}
     outputs = outputs_of(function(**{**arguments, **leaves}))
     smooth = [o for o in outputs if o.requires_grad]
-    if function.__module__.startswith("fastlm."):  # a view that a Function has made could not be written to in place
+    if function in vars(ops).values():  # a view that an autograd.Function has made could not be written to in place
         assert not any(o._is_view() for o in smooth)
     if upstream is None:
         generator = torch.Generator().manual_seed(1)

@@ -101,6 +101,38 @@ class TestDocuments:
         with pytest.raises(FileNotFoundError, match=r"no file that matches '\*\.md'"):
             find_files([tmp_path], "*.md")
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+    def test_a_pipe_is_no_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
+            find_files([tmp_path / "pipe"])
+
+    @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
+    @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
+    def test_a_damaged_gzip_file_is_named(self, tmp_path: Path, name: str, damage: str) -> None:
+        generator = np.random.default_rng(0)
+        text = "\n".join(json.dumps({"text": str(n)}) for n in generator.integers(0, 1 << 60, 5000))
+        data = bytearray(gzip.compress(text.encode()))
+        if damage == "changed" and "jsonl" in name:
+            pytest.skip("a line that is no JSON comes first")
+        if damage == "changed":
+            data[len(data) // 2] ^= 0xFF
+        (tmp_path / name).write_bytes({"cut": data[:-100], "changed": data, "other": b"no gzip"}[damage])
+        with pytest.raises(ValueError, match=rf"{name} is not a whole gzip file"):
+            for document in read_documents([tmp_path / name]):
+                document.read()
+
+    def test_half_a_surrogate_pair_is_no_character(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "bad \\ud83d end"}\n')
+        with pytest.raises(ValueError, match=r"a\.jsonl:2: 'text' has half a surrogate pair"):
+            list(read_documents([path]))
+        report = ReadReport()
+        assert [d.read() for d in read_documents([path], on_bad_text="skip", report=report)] == ["fine 😀"]
+        assert report.undecodable == 1
+        texts = [d.read() for d in read_documents([path], on_bad_text="replace")]
+        assert texts == ["fine 😀", "bad \ufffd end"]
+
     def test_texts_jsonl_and_gzip(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"one\r\ntwo")
         with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as f:
@@ -225,12 +257,35 @@ class TestPrepare:
             prepare_files(files, tmp_path / "d", PrepareOptions())
         prepare_files(files, tmp_path / "d", PrepareOptions("chars", overwrite=True))
         assert read_header(tmp_path / "d" / "train-00000.tokens").vocab_size < 20
+        (tmp_path / "d" / "run").mkdir()
+        with pytest.raises(FileExistsError, match=r"holds more than its dataset.*: run; move that"):
+            prepare_files(files, tmp_path / "d", PrepareOptions(overwrite=True))
+        (tmp_path / "d" / "run").rmdir()
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "precious").write_text("x")
         with pytest.raises(FileExistsError, match="not a fastlm dataset"):
             prepare_files(files, tmp_path / "other", PrepareOptions(overwrite=True))
         with pytest.raises(FileExistsError, match="is a file"):
             prepare_files(files, tmp_path / "a.txt", PrepareOptions())
+
+    def test_where_a_link_points_to(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20)
+        (tmp_path / "far").mkdir()
+        (tmp_path / "near").symlink_to(tmp_path / "far")
+        for overwrite in (False, True):
+            prepare_files([tmp_path / "a.txt"], tmp_path / "near", PrepareOptions(overwrite=overwrite))
+            assert (tmp_path / "near").is_symlink() and (tmp_path / "far" / "dataset.json").is_file()
+
+    def test_a_place_that_cannot_be_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.txt").write_text("some text " * 20)
+        place = tmp_path / "mounted"
+        place.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place)
+        before = place.stat().st_ino
+        for overwrite in (False, True):
+            prepare_files([tmp_path / "a.txt"], place, PrepareOptions(overwrite=overwrite))
+            assert place.stat().st_ino == before and read_header(place / "train-00000.tokens").tokens > 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "mounted"]
 
     def test_a_failure_leaves_the_old_dataset_and_no_rubbish(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("some text " * 20)

@@ -324,6 +324,7 @@ def test_bad_input(call, error, message):
         ({"position": "rope"}, "position must be one of learned"),
         ({"position": "rotary", "head_dim": 7}, "even head dimension, got 7"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling needs position='rotary'"),
+        ({"position": "rotary", "rope_scaling": 3}, "rope_scaling must be a RopeScaling, a dict"),
         ({"position": "rotary", "rope_scaling": {"scale": 2.0}}, "rope_scaling has no field 'scale'"),
         ({"position": "rotary", "rope_scaling": {"kind": "ntk"}}, "kind must be llama3, linear or yarn, got 'ntk'"),
         ({"position": "rotary", "rope_scaling": {"kind": "yarn", "beta_slow": 40.0}}, "beta_slow must be positive and"),

@@ -146,6 +146,13 @@ def test_unknown_instruction_set():
     assert "ValueError: FASTLM_CPU_ISA=sse9 is not an instruction set of this build; wanted one of: " in done.stderr
 
 
+def test_an_instruction_set_that_cannot_be_had_is_not_passed_over():
+    script = "import torch, fastlm; fastlm.ops.layer_norm(torch.ones(2, 8), torch.ones(8))"
+    environment = {**os.environ, "FASTLM_CPU_ISA": "sse9"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert "UnsupportedError: FASTLM_CPU_ISA=sse9 is not an instruction set of this build" in done.stderr
+
+
 def layer_norm(x, residual, weight, bias, dy):
     """Everything that the two kernels write, as bytes."""
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -205,6 +205,9 @@ def test_tables(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             read_table(tmp_path / name, ("text", "label"))
+    long = "a" * 300_000
+    (tmp_path / "long.tsv").write_text(f"label\ttext\n1\t{long}\n")
+    assert read_table(tmp_path / "long.tsv", ("text", "label")) == [(long, "1")]
     (tmp_path / "c.csv").write_bytes(b"text,label\n\xff,1\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_table(tmp_path / "c.csv", ("text", "label"))
@@ -229,6 +232,7 @@ def test_bad_input(tmp_path, one_thread):
         (["task.class_weights='1,2,3'"], "has 3 numbers for 2 classes"),
         (["task.class_weights=most"], "must be none, balanced, or numbers"),
         (["task.test_fraction=1.0"], "must be at least 0 and less than 1"),
+        (["task.test_fraction=0.99", "task.val_fraction=0.99"], "leave no example to train on"),
         (["task.pooling=max"], "pooling must be one of mean, first, last"),
         (["task.epoch=2"], r"unknown key task.epoch \(did you mean epochs\?\)"),
         (["task.name=clasification"], r"no task 'clasification' \(did you mean classification\?\)"),

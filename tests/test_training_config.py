@@ -28,7 +28,8 @@ def test_writing_and_reading_again_gives_the_same(tmp_path: Path) -> None:
         {
             "model": {"n_layer": 2, "rope_scaling": {"kind": "linear", "factor": 2.0}, "position": "rotary"},
             "training": {"lr": 1e-30, "schedule": "wsd"},
-            "data": {"path": 'C:\\data "x"\n世界'},
+            "data": {"path": 'C:\\data "x"\n世界 😀 \x7f \u2028'},
+            "task": {"options": {"😀": ["ein", "zwei"]}},
         }
     )
     (tmp_path / "c.toml").write_text(config_to_toml(config), encoding="utf-8")

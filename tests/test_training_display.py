@@ -46,8 +46,35 @@ def test_a_log_gets_plain_lines_and_not_one_a_step() -> None:
 
 
 def test_the_display_fits_the_console() -> None:
-    assert isinstance(make_display(Console(force_terminal=True)), LiveDisplay)
-    assert isinstance(make_display(Console(file=io.StringIO())), PlainDisplay)
+    assert isinstance(make_display(Console(force_terminal=True))._display, LiveDisplay)
+    assert isinstance(make_display(Console(file=io.StringIO()))._display, PlainDisplay)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_a_display_that_nobody_reads_falls_silent(error: OSError, terminal: bool) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    display = make_display(Console(file=Closed(), force_terminal=terminal))
+    display.start(10, 20)
+    display.step(11, 3.25, 100)
+    display.evaluation(11, 2.5, 1.5)
+    display.note("a note")
+    display.stop()
+    assert display._display is None
+
+
+def test_the_journal_survives_every_separator_of_lines(tmp_path: Path) -> None:
+    texts = ["a\x85b", "a\u2028b\u2029", "a\x0bb\x0c\x1c"]
+    journal = Journal(tmp_path / "log.jsonl")
+    for step, text in enumerate(texts):
+        journal.write("sample", step=step, text=text)
+    journal.close()
+    assert [r["text"] for r in read_journal(tmp_path / "log.jsonl")] == texts
+    Journal(tmp_path / "log.jsonl", keep_until_step=1).close()
+    assert [r["text"] for r in read_journal(tmp_path / "log.jsonl")] == texts[:2]
 
 
 def test_speed_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,27 @@ def test_a_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -
     assert steps[0] == steps[1]
 
 
+def test_a_run_goes_on_with_other_settings_of_the_optimizer(whole: Path, tmp_path: Path) -> None:
+    short = tiny_config(whole / "data", training={"steps": 4})
+    start_run(short, tmp_path / "run", display=quiet())
+    changed = ("training.steps=5", "optimizer.beta1=0.5", "optimizer.eps=0.1", "optimizer.weight_decay=0.3")
+    resume_run(tmp_path / "run", overrides=changed, display=quiet())
+    groups = choose_checkpoint(tmp_path / "run", "last").load_state()["optimizer"]["param_groups"]
+    assert [(g["betas"][0], g["eps"], g["weight_decay"]) for g in groups] == [(0.5, 0.1, 0.3), (0.5, 0.1, 0.0)]
+
+
+def test_settings_that_pretraining_has_no_use_for(whole: Path, tmp_path: Path) -> None:
+    for change, section in (({"lora": {"rank": 2}}, "lora"), ({"task": {"name": "classification"}}, "task")):
+        config = tiny_config(whole / "data", **change)
+        with pytest.raises(ValueError, match=rf"\[{section}\] has no meaning in pretraining"):
+            start_run(config, tmp_path / "run", display=quiet())
+    config = tiny_config(whole / "data", evaluation={"sample_every": 2, "prompt": "中"})
+    with pytest.raises(ValueError, match=r"evaluation.prompt: character '中'"):
+        start_run(config, tmp_path / "run", display=quiet())
+    with pytest.raises(ValueError, match="device must be auto, cpu, or cuda"):
+        start_run(tiny_config(whole / "data", training={"device": "meta"}), tmp_path / "other", display=quiet())
+
+
 def test_what_cannot_be_resumed_says_why(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not a run: it has no config\.toml"):
         resume_run(tmp_path)

@@ -136,7 +136,7 @@ def demo(
         soft_wrap=True,
     )
     prompt = " --prompt '    def'" if data is None else ""
-    console.print(f"go on: fastlm generate {run}{prompt}", highlight=False, soft_wrap=True)
+    console.print(f"go on: fastlm generate {run}{prompt}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _free_folder(parent: Path, name: str) -> Path:

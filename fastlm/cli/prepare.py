@@ -36,8 +36,8 @@ def prepare(
 ) -> None:
     """Turn text into a dataset folder of memory-mapped token shards.
 
-    A single file is split at its end (the last 10 % are for validation); with several documents, whole documents are
-    held out. Memory does not grow with the corpus.
+    Few documents are each split at their end (the last 10 % are for validation); of a hundred or more, whole documents
+    are held out. Memory does not grow with the corpus.
     """
     if threads:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizers library at its first use
@@ -72,4 +72,6 @@ def prepare(
     ):
         if count:
             console.print(f"left out: {count} {what}", highlight=False)
-    console.print(f"dataset: {out}  (vocabulary {manifest['vocab_size']:,})", highlight=False, soft_wrap=True)
+    console.print(
+        f"dataset: {out}  (vocabulary {manifest['vocab_size']:,})", highlight=False, markup=False, soft_wrap=True
+    )

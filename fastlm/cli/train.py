@@ -59,7 +59,7 @@ def report(result: TrainResult, run: Path, command: str, console: Console) -> No
     console.print(
         f"{result.reason} at step {result.step}{losses}  {result.tokens_per_second:,.0f} tok/s", highlight=False
     )
-    console.print(f"run: {run}", highlight=False, soft_wrap=True)
+    console.print(f"run: {run}", highlight=False, markup=False, soft_wrap=True)
     if result.reason.startswith("SIG"):
         console.print(
             f"stopped and saved; go on with: fastlm {command} --resume {run}", highlight=False, soft_wrap=True

@@ -37,7 +37,7 @@ def translate(
     if task != "translation":
         raise ValueError(f"{run} is a run of {task}, wanted one of `fastlm finetune --task translation`")
     model, tokenizer = open_translator(weights).to(resolve_device(device)), load_tokenizer(tokenizer_path)
-    lines = text or [line.rstrip("\n") for line in sys.stdin]
+    lines = text or [line.rstrip("\r\n") for line in sys.stdin]
     for line in lines:
         if not line.strip():
             raise ValueError("an empty sentence cannot be translated")

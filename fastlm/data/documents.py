@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,8 @@ def find_files(inputs: Sequence[str | Path], pattern: str = "*") -> list[Path]:
             if not found:
                 raise FileNotFoundError(f"the folder {item} has no file that matches {pattern!r}")
             files += found
+        elif item.exists():
+            raise ValueError(f"{item} is neither a file nor a folder (a pipe?): write its text to a file first")
         else:
             raise FileNotFoundError(f"no such file or folder: {item}")
     return files
@@ -110,8 +114,17 @@ def _open_bytes(path: Path) -> io.BufferedReader:
     return cast(io.BufferedReader, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Names the file whose compressed data turn out to be damaged."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
 def _is_binary(path: Path) -> bool:
-    with _open_bytes(path) as f:
+    with _whole(path), _open_bytes(path) as f:
         return b"\0" in f.read(8192)
 
 
@@ -123,7 +136,7 @@ def _open_text(path: Path, on_bad_text: str) -> TextIO:
 
 def _file_pieces(path: Path, on_bad_text: str) -> Iterator[str]:
     rest = ""
-    with _open_text(path, on_bad_text) as f:
+    with _whole(path), _open_text(path, on_bad_text) as f:
         try:
             while chunk := f.read(PIECE_CHARS):
                 rest += chunk
@@ -154,7 +167,7 @@ def _last_cut(text: str) -> int:
 
 
 def _is_utf8(path: Path) -> bool:
-    with _open_text(path, "error") as f:
+    with _whole(path), _open_text(path, "error") as f:
         try:
             while f.read(PIECE_CHARS):
                 pass
@@ -164,7 +177,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadReport) -> Iterator[Document]:
-    with _open_bytes(path) as f:
+    with _whole(path), _open_bytes(path) as f:
         for number, line in enumerate(f, 1):
             name = f"{path}:{number}"
             if not line.strip():
@@ -185,6 +198,16 @@ def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadRe
                 ) from None
             if not isinstance(value, str):
                 raise ValueError(f"{name}: {text_key!r} must be a string, got {type(value).__name__}")
+            if any("\ud800" <= c <= "\udfff" for c in value):  # half a pair, which is no character
+                if on_bad_text == "skip":
+                    report.undecodable += 1
+                    continue
+                if on_bad_text == "error":
+                    raise ValueError(
+                        f"{name}: {text_key!r} has half a surrogate pair, which is no character; mend it, or let such "
+                        "documents be skipped or replaced (--on-bad-text)"
+                    )
+                value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             if value:
                 yield Document.from_text(name, value)
             else:

@@ -24,6 +24,7 @@ from fastlm.data.shards import ShardHeader, ShardWriter
 from fastlm.data.tokenizers import Tokenizer
 
 MANIFEST = "dataset.json"
+SHARD_SUFFIX = ".tokens"
 SPLITS = ("train", "val")
 BATCH_CHARS = 8 << 20  # handed to the tokenizer at once: enough to keep its threads busy, small beside any memory
 SHARD_TOKENS = 1 << 28
@@ -87,6 +88,7 @@ def write_dataset(
         ValueError: there was no text at all.
     """
     folder = Path(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced
     check_free(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     _remove_leftovers(folder)
@@ -119,9 +121,16 @@ def write_dataset(
             **(about or {}),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        if os.path.ismount(folder):  # it cannot be replaced, what is in it can
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == MANIFEST):
+                shutil.move(entry, folder / entry.name)
+            temporary.rmdir()
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -159,6 +168,15 @@ def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
         raise FileExistsError(
             f"{folder} has a dataset already: choose another folder, or say that it may be replaced (--overwrite)"
         )
+    if others := sorted(entry.name for entry in folder.iterdir() if not _is_of_a_dataset(entry)):
+        raise FileExistsError(
+            f"{folder} holds more than its dataset, which would be deleted with it: {', '.join(others[:5])}"
+            f"{' …' if len(others) > 5 else ''}; move that, or choose another folder"
+        )
+
+
+def _is_of_a_dataset(entry: Path) -> bool:
+    return entry.name in (MANIFEST, "tokenizer") or entry.suffix == SHARD_SUFFIX
 
 
 def _batches(pieces: SplitPieces) -> Iterator[list[tuple[str, str, bool]]]:
@@ -185,7 +203,9 @@ class _SplitWriter:
 
     def write(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
         if self._shard is None:
-            self._shard = ShardWriter(self._folder / f"{self._split}-{len(self._done):05d}.tokens", self._tokenizer)
+            self._shard = ShardWriter(
+                self._folder / f"{self._split}-{len(self._done):05d}{SHARD_SUFFIX}", self._tokenizer
+            )
         self._shard.write(ids, text_bytes)
         if ends and self._shard.tokens:  # a document of no text at all leaves no trace
             self._shard.end_document()

@@ -41,18 +41,28 @@ def read_table(path: str | Path, columns: Sequence[str]) -> list[tuple[str, ...]
 def _separated_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **options)
-        header = next(reader, [])
+        reader = _numbered(path, csv.reader(file, **options))
+        _, header = next(reader, (0, []))
         places = [_place(path, header, column) for column in columns]
-        for row in reader:
+        for number, row in reader:
             if not row:
                 continue
             if len(row) != len(header):
                 raise ValueError(
-                    f"{path}:{reader.line_num}: {len(row)} fields, the first line names {len(header)} columns "
+                    f"{path}:{number}: {len(row)} fields, the first line names {len(header)} columns "
                     f"({', '.join(header)})"
                 )
             yield tuple(row[place] for place in places)
+
+
+def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv.reader, each with the number of its last line."""
+    csv.field_size_limit(1 << 30)  # a text may be as long as a book
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
 def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:

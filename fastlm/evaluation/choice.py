@@ -62,6 +62,8 @@ def read_questions(path: str | Path) -> list[Question]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
+                if not isinstance(row["endings"], list):
+                    raise ValueError(f"endings must be a list, got {row['endings']!r}")
                 question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
                 if not all(isinstance(text, str) for text in (question.context, *question.endings)):
                     raise ValueError("ctx or an ending is not a string")

@@ -14,6 +14,7 @@ from fastlm.generation.decoder import Decoder
 from fastlm.generation.graph import GraphDecoder
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
+from fastlm.models.checks import check_ids
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
@@ -286,6 +287,7 @@ def _prompts(model: GPT, idx: Prompts) -> list[Tensor]:
                 f"{model.config.block_size}; cut it to its last {model.config.block_size} tokens"
             )
         prompts.append(ids.to(torch.int64))
+        check_ids(prompts[-1][None], model.config.vocab_size)
     return prompts
 
 

@@ -74,8 +74,8 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], or None, got {self.top_p}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must be in [0, 1], or None, got {self.min_p}")
-        if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be positive, or None, got {self.repetition_penalty}")
+        if self.repetition_penalty is not None and not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(f"repetition_penalty must be from 1e-6 to 1e6, or None, got {self.repetition_penalty}")
 
     def filtered(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The logits (N, V) that are drawn from, float32. `seen` (N, V) bool: the tokens that the penalty is for."""
@@ -83,7 +83,7 @@ class Sampling:
         if self.repetition_penalty is not None and seen is not None:
             logits = penalise_repetition(logits, seen, self.repetition_penalty)
         if self.temperature > 0:
-            logits = logits / self.temperature
+            logits = logits / max(self.temperature, 1e-20)
         if self.top_k is not None:
             logits = filter_top_k(logits, self.top_k)
         if self.top_p is not None and self.top_p < 1.0:

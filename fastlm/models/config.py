@@ -112,6 +112,8 @@ class GPTConfig:
         rope_scaling: Any = self.rope_scaling  # a dict where the fields come from JSON or TOML
         if isinstance(rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(rope_scaling))
+        elif rope_scaling is not None and not isinstance(rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling must be a RopeScaling, a dict of its fields or None, got {rope_scaling!r}")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             check_positive_int(name, getattr(self, name))
         for name in ("n_kv_head", "head_dim", "intermediate_size", "sliding_window"):

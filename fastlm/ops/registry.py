@@ -33,6 +33,8 @@ AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference
 NAMES = ["cuda", "triton", "cpu", "reference"]
 _DEVICE_TYPE = {"cuda": "cuda", "cpu": "cpu"}  # the device that a backend's tensors must be on; others: any
 
+FORCED = "FASTLM_CPU_ISA="  # so begins the reason why the instruction set that this variable names cannot be had
+
 _ops: dict[str, dict[str, ModuleType | Any]] = {}
 _prepare: dict[str, Callable[..., tuple]] = {}
 _availability: dict[str, Callable[[], str | None]] = {}
@@ -124,8 +126,11 @@ def choose(op: str, device_type: str, call: tuple) -> str:
             raise UnsupportedError(f"backend {_forced!r} cannot run {op} here: {reason}")
         return _forced
     for name in AUTO_ORDER.get(device_type, ("reference",)):
-        if _why_not(op, name, device_type, call) is None:
+        reason = _why_not(op, name, device_type, call)
+        if reason is None:
             return name
+        if reason.startswith(FORCED):  # an order that cannot be obeyed
+            raise UnsupportedError(reason)
     raise UnsupportedError(f"no backend can run {op} on {device_type} tensors: {explain_call(op, device_type, call)}")
 
 

@@ -172,6 +172,8 @@ def label_set(settings: ClassificationSettings, train: Sequence[Example]) -> tup
 
 def check_classes(train: Sequence[Example], labels: Sequence[str], where: str) -> None:
     """ValueError for labels outside the set, and for a class without an example."""
+    if not train:
+        raise ValueError(f"{where}: the splits (task.val_fraction, task.test_fraction) leave no example to train on")
     check_labels(train, labels, where)
     counts = Counter(label for _, label in train)
     if empty := [label for label in labels if not counts[label]]:

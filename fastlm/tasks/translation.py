@@ -175,7 +175,7 @@ def _read_plain(path: Path, source: int, target: int) -> list[Pair]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
     pairs = []

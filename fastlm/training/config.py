@@ -240,7 +240,8 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
         if not isinstance(table, dict):
             raise ValueError(f"{name} must be a section with keys, got {table!r}")
         if name == "model":
-            objective = (tables.get("training") or {}).get("objective", "causal")
+            training = tables.get("training")
+            objective = training.get("objective", "causal") if isinstance(training, dict) else "causal"
             hints = _model_hints(objective)
             config.model = {key: _checked_model_value(key, value, hints) for key, value in table.items()}
             continue
@@ -374,8 +375,10 @@ def _at_least(name: str, value: float, least: int) -> None:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    # A JSON string, boolean or number is TOML, too; repr keeps every digit of a float.
-    return repr(value) if isinstance(value, float) else json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)  # keeps every digit
+    # A JSON string, boolean or number is TOML, too, but for pairs of surrogates and for DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

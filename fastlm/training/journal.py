@@ -32,7 +32,7 @@ class Journal:
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
     """All whole records; a last line cut off by a crash is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):  # a text in it may hold other separators of lines
         try:
             records.append(json.loads(line))
         except ValueError:

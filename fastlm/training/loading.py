@@ -20,7 +20,7 @@ def find_model(path: Path, which: str = "best") -> tuple[Path, Path]:
     if (path / CONFIG).is_file():
         return choose_checkpoint(path, which).model_path, path / "tokenizer"
     if (path / INFO).is_file():
-        return open_checkpoint(path).model_path, path.parent.parent / "tokenizer"
+        return open_checkpoint(path).model_path, path.resolve().parent.parent / "tokenizer"
     if (path / "config.json").is_file():
         return path, path
     raise FileNotFoundError(f"{path} is no run ({CONFIG}), no checkpoint ({INFO}) and no model folder (config.json)")

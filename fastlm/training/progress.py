@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,10 +28,42 @@ class Display(Protocol):
     def stop(self) -> None: ...
 
 
-def make_display(console: Console | None = None) -> Display:
+def make_display(console: Console | None = None) -> Unbroken:
     """The live bar on a terminal, plain lines elsewhere."""
     console = console or Console()
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    return Unbroken(LiveDisplay(console) if console.is_terminal else PlainDisplay(console))
+
+
+class Unbroken:
+    """A display that falls silent when nobody reads it any more (a closed pipe, a full disk): training goes on."""
+
+    def __init__(self, display: Display) -> None:
+        self._display: Display | None = display
+
+    def start(self, step: int, steps: int) -> None:
+        self._tell("start", step, steps)
+
+    def step(self, step: int, loss: float, tokens: int) -> None:
+        self._tell("step", step, loss, tokens)
+
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None) -> None:
+        self._tell("evaluation", step, val_loss, bits_per_byte)
+
+    def note(self, text: str) -> None:
+        self._tell("note", text)
+
+    def stop(self) -> None:
+        self._tell("stop")
+
+    def _tell(self, what: str, *numbers: Any) -> None:
+        try:
+            if self._display is not None:
+                getattr(self._display, what)(*numbers)
+        except (OSError, SystemExit):  # the latter is rich's answer to a closed pipe
+            display, self._display = self._display, None
+            with contextlib.suppress(Exception, SystemExit):
+                if display is not None:
+                    display.stop()
 
 
 class Speed:

@@ -31,7 +31,7 @@ from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
 from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, replace_text
-from fastlm.training.config import RunConfig, config_to_toml, load_config
+from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
 from fastlm.training.plot import plot_losses
@@ -88,7 +88,7 @@ def start_run(
         source = source or Pretraining(config)
         torch.manual_seed(config.training.seed)  # the same weights on every process
         model = source.make_model()
-        _check_samples(config, model)
+        _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
         model.to(torch_device)
         torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
@@ -141,7 +141,7 @@ def continue_run(
         if source.tokenizer.fingerprint != load_tokenizer(run / "tokenizer").fingerprint:
             raise ValueError(f"the tokenizer in {run} is another one than that of the data and the model")
         model = source.open_model(checkpoint.model_path).to(resolve_device(device))
-        _check_samples(config, model)
+        _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
         if checkpoint.step >= config.training.steps:
             raise RunDoneError(
@@ -212,6 +212,9 @@ class Pretraining:
         folder = config.data.path
         if not folder:
             raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
+        for section, given in (("task", bool(config.task)), ("lora", config.lora != LoraConfig())):
+            if given:
+                raise ValueError(f"[{section}] has no meaning in pretraining: `fastlm finetune` has tasks and adapters")
         splits = read_manifest(folder)["splits"]
         self.train = TokenData.open(folder, "train")
         self.val = TokenData.open(folder, "val") if "val" in splits else None
@@ -282,12 +285,17 @@ def _stream_loaders(
         raise ValueError(f"validation split of {config.data.path}: {e}") from None
 
 
-def _check_samples(config: RunConfig, model: Any) -> None:
+def _check_samples(config: RunConfig, model: Any, tokenizer: Tokenizer) -> None:
     every = config.evaluation.sample_every
     if every and not hasattr(model, "generate"):
         raise ValueError(
             f"this model ({type(model).__name__}) does not continue texts: evaluation.sample_every is {every}, not 0"
         )
+    if every:
+        try:
+            tokenizer.encode(config.evaluation.prompt)
+        except ValueError as error:
+            raise ValueError(f"evaluation.prompt: {error}") from None
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:

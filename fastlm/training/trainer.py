@@ -232,7 +232,12 @@ class Trainer:
         for name in ("train_loss", "val_loss", "best_val_loss", "evaluations_since_best"):
             setattr(self, name, state[name])
         optimizer = state["optimizer"]
+        wanted = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(optimizer if self.shards is None else self.shards.scattered(optimizer))
+        for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(settings)  # the config's, which the run may be resumed with other ones of
         self.train_loader.load_state_dict(state["data"])
         if len(state["rng"]) == self.group.world_size:
             set_rng_state(state["rng"][self.group.rank])
@@ -356,7 +361,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, or cuda[:number], got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, or cuda[:number], got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs")
     return device

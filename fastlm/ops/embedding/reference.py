@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import statistics_dtype
 
 
@@ -20,7 +21,7 @@ def forward(ids: Tensor, weight: Tensor) -> Tensor:
         return weight[ids.masked_fill(outside, 0)].masked_fill(outside[..., None], torch.nan)
     if outside.any():
         raise ValueError(f"embedding: id {int(ids[outside][0])} is out of range; wanted 0 to {weight.shape[0] - 1}")
-    return weight[ids]
+    return memory.reshaped(weight.index_select(0, ids.reshape(-1)), *ids.shape, weight.shape[1])
 
 
 def backward(dy: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:

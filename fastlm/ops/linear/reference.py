@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.mlp.reference import linear_backward
 
@@ -16,7 +17,8 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with autocast_off(x):
-        return F.linear(x, weight, bias).contiguous()
+        y = F.linear(x, weight, bias).contiguous()
+    return memory.reshaped(y, *y.shape)
 
 
 def backward(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off, statistics_dtype
 
 # Bytes of one block of logits. Each block reads the weights twice and reads and writes dweight once, so a block must
@@ -72,7 +73,8 @@ def forward(
             gradients.add(z, block)
     loss = torch.where(flat == ignore_index, 0, loss * scale)  # NaN where the target is out of range
     if reduction == "none":
-        return loss.view(targets.shape), lse.view(targets.shape), gradients.dx, gradients.dweight
+        losses, lses = (memory.reshaped(t, *targets.shape) for t in (loss, lse))
+        return losses, lses, gradients.dx, gradients.dweight
     if reduction == "mean" and not fold:
         gradients.divide_(count.clamp(min=1))
     loss = loss.sum() / count if reduction == "mean" else loss.sum()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off, statistics_dtype
 from fastlm.ops.gradients import weight_gradient
 
@@ -49,7 +50,8 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     hidden, pre = linear_act_forward(x, fc_weight, fc_bias, activation, keep)
     with autocast_off(x):
-        return F.linear(hidden, proj_weight, proj_bias), pre
+        y = F.linear(hidden, proj_weight, proj_bias)
+    return memory.reshaped(y, *y.shape), pre
 
 
 def mlp_backward(

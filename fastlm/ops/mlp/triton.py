@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.gradients import weight_gradient
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED, linear_backward
@@ -102,7 +103,8 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     hidden, pre = linear_act_forward(x, fc_weight, fc_bias, activation, keep)
     with autocast_off(x):
-        return F.linear(hidden, proj_weight, proj_bias), pre
+        y = F.linear(hidden, proj_weight, proj_bias)
+    return memory.reshaped(y, *y.shape), pre
 
 
 def linear_act_backward(

@@ -94,6 +94,8 @@ def _prepare(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, rng
             )
     kept = 0 if top_k is None or top_k >= logits.shape[1] else top_k
     log_min_p = math.log(min_p) if min_p else -math.inf
+    if temperature > 0:  # below that its inverse overflows, and two logits that differ at all are far apart before
+        temperature = max(temperature, 1e-20)
     return logits, float(temperature), kept, 1.0 if top_p is None else float(top_p), log_min_p, rng_state
 
 
