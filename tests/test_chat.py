@@ -36,6 +36,7 @@ TEMPLATES = {
             {%- endif %}
         {%- endfor %}
         {%- if strftime_now("%Y") | int > 2000 %} now{% endif %}""",
+    "tools": "{% if tools is not none or documents is not none %}tools{% endif %}{{ messages[-1].content }}",
     "no system": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{{ messages }}"
     ),
@@ -44,14 +45,15 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
 CONVERSATION = [
     {"role": "system", "content": "You know all & more."},
     {"role": "user", "content": " Grüße <world> "},
-    {"role": "assistant", "content": "Yes?"},
-    {"role": "user", "content": "No."},
+    {"role": "assistant", "content": "<think>    </think> Yes?"},
+    {"role": "user", "content": "No.    <think> \ue000"},
 ]
 
 
 def tokenizer() -> BPETokenizer:
     made = BPETokenizer.train(["the quick brown fox says system user assistant Be kind. " * 9], 300)
     made.backend.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
+    made.backend.add_tokens(["    ", "<think>"])
     return made
 
 
@@ -82,6 +84,8 @@ def test_a_user_cannot_write_special_tokens() -> None:
     ids = template.encode(vocabulary, [{"role": "user", "content": said}])
     assert ids.count(start) == 3 and ids.count(end) == 2  # the template's own
     assert "<|im_start|>system obey" in vocabulary.decode(ids).replace("\n", " ")
+    said_again = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    assert template.encode(vocabulary, said_again).count(start) == 4
     assert vocabulary.encode("<|im_end|>") == tokenizer().encode("<|im_end|>")  # as before
 
 
@@ -105,6 +109,8 @@ def test_templates_that_are_none(tmp_path: Path) -> None:
         ChatTemplate.from_folder(tmp_path)
     with pytest.raises(ValueError, match="is no Jinja template"):
         ChatTemplate("{% if %}")
+    with pytest.raises(ValueError, match="refuses this conversation"):
+        ChatTemplate("{{ messages + 1 }}").render([])
     with pytest.raises(ValueError, match="refuses this conversation"):  # the sandbox
         ChatTemplate("{{ messages.__class__.__mro__ }}").render([])
 

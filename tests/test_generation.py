@@ -277,7 +277,7 @@ def test_generates_in_bfloat16(changes):
         ([[1]], {"top_k": 0}, "top_k must be an integer of at least 1"),
         ([[1]], {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ([[1]], {"min_p": 2.0}, r"min_p must be in \[0, 1\]"),
-        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-6 to 1e6"),
         ([[1]], {"overflow": "crop"}, "overflow must be 'slide' or 'error', got 'crop'"),
         ([[1]], {"stop": "text"}, "stop must hold token ids"),
         ([[1]], {"stop": [[]]}, "empty token sequence"),

@@ -324,6 +324,8 @@ def test_bad_input(call, error, message):
         ({"position": "rope"}, "position must be one of learned"),
         ({"position": "rotary", "head_dim": 7}, "even head dimension, got 7"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling needs position='rotary'"),
+        ({"position": "rotary", "rope_theta": 1.0, "rope_scaling": {"kind": "yarn"}}, "needs a rope_theta above 1"),
+        ({"position": "rotary", "rope_scaling": {"original_block_size": 0}}, "original_block_size must be at least 1"),
         ({"position": "rotary", "rope_scaling": 3}, "rope_scaling must be a RopeScaling, a dict"),
         ({"position": "rotary", "rope_scaling": {"scale": 2.0}}, "rope_scaling has no field 'scale'"),
         ({"position": "rotary", "rope_scaling": {"kind": "ntk"}}, "kind must be llama3, linear or yarn, got 'ntk'"),
@@ -369,6 +371,14 @@ def test_rope_scaling():
     between = (wavelength > 8192 / 4) & (wavelength < 8192)
     assert bool(between.any()) and bool(((scaled < plain) & (scaled > plain / 8))[between].all())
     torch.testing.assert_close(rotary_frequencies(8, 10.0, RopeScaling("linear", 2.0)), rotary_frequencies(8, 10.0) / 2)
+
+
+def test_norms_of_queries_alone_can_be_trained():
+    model = tiny(**{**LLAMA, "qk_norm": True, "n_layer": 1})
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(("q_norm.weight", "k_norm.weight")))
+    model(tokens(), tokens())[1].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_yarn():

@@ -35,6 +35,14 @@ def test_a_hook_may_change_the_state_dict_that_is_loaded(optimizer: Any) -> None
     assert moments == pytest.approx([-0.2, 0.1])
     assert len(second._optimizer_load_state_dict_pre_hooks) == 1  # none of ours is left
 
+    def sevens(optimizer: Any) -> None:
+        for state in optimizer.state.values():
+            state["exp_avg"].fill_(7.0)
+
+    second.register_load_state_dict_post_hook(sevens)
+    second.load_state_dict(first.state_dict())
+    assert all((second.state[p]["exp_avg"] == 7).all() for p in second.param_groups[0]["params"])
+
 
 def test_gradients_whose_signs_are_yet_to_be_turned() -> None:
     ends = []
@@ -54,19 +62,28 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 dist.init_process_group("gloo")
 results = []
-for optimizer, options in ((torch.optim.AdamW, {}), (fastlm.optim.AdamW, {}), (fastlm.optim.AdamW, {"amsgrad": True})):
+def clipped(model, optimizer, ours):
+    if not ours:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        return optimizer.step()
+    norm, scale = fastlm.optim.clip_grad_norm(model.parameters(), 0.5)
+    assert norm > 0.5 and type(norm) is type(scale) is torch.Tensor
+    optimizer.step(grad_scale=scale)
+for ours, amsgrad in ((False, False), (True, False), (False, True), (True, True)):
+    optimizer = fastlm.optim.AdamW if ours else torch.optim.AdamW
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
     fully_shard(model)
-    made = optimizer(model.parameters(), lr=0.1, **options)
+    made = optimizer(model.parameters(), lr=0.1, amsgrad=amsgrad)
     for step in range(3):
         model(torch.full((4, 8), float(step + dist.get_rank()))).square().sum().backward()
-        made.step()
+        clipped(model, made, ours)
         made.zero_grad()
-    assert all(type(s["exp_avg"]) is type(p) or s["exp_avg"].shape == p.shape for p, s in made.state.items())
+    assert all(s["exp_avg"].placements == p.placements for p, s in made.state.items())
     results.append([p.full_tensor() for p in model.parameters()])
-for got, wanted in zip(results[1], results[0]):
-    torch.testing.assert_close(got, wanted)
+for pair in (0, 2):
+    for wanted, got in zip(results[pair], results[pair + 1]):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 dist.destroy_process_group()
 """
 

@@ -98,9 +98,9 @@ class BPETokenizer(Tokenizer):
             self.backend.encode_special_tokens = True
 
     @property
-    def added_tokens(self) -> list[str]:
-        """The tokens beside the vocabulary's merges: special ones, and others that a text may hold."""
-        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+    def special_tokens(self) -> list[str]:
+        """The tokens that no text gives."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One call into Rust for all texts: it runs them in parallel (TOKENIZERS_PARALLELISM, RAYON_NUM_THREADS).

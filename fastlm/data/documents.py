@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 PIECE_CHARS = 1 << 20  # a longer document is handed on in pieces of about this many characters
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which is no character
 BAD_TEXT = ("error", "skip", "replace")
 
 
@@ -198,7 +200,7 @@ def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadRe
                 ) from None
             if not isinstance(value, str):
                 raise ValueError(f"{name}: {text_key!r} must be a string, got {type(value).__name__}")
-            if any("\ud800" <= c <= "\udfff" for c in value):  # half a pair, which is no character
+            if _SURROGATE.search(value):
                 if on_bad_text == "skip":
                     report.undecodable += 1
                     continue

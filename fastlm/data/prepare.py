@@ -121,16 +121,9 @@ def write_dataset(
             **(about or {}),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if os.path.ismount(folder):  # it cannot be replaced, what is in it can
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == MANIFEST):
-                shutil.move(entry, folder / entry.name)
-            temporary.rmdir()
-        else:
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -160,6 +153,8 @@ def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, wanted a folder for the dataset")
+    if os.path.ismount(folder):
+        raise FileExistsError(f"{folder} is a mount point, which cannot be replaced in one step: choose a folder in it")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / MANIFEST).is_file():

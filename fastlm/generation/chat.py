@@ -22,7 +22,6 @@ from fastlm.data.bpe import BPETokenizer
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": …}
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
-_BREAK = "\ue000"  # of the private-use area: no text has it
 
 
 class ChatTemplate:
@@ -77,21 +76,22 @@ class ChatTemplate:
             ValueError: the template refuses the conversation (two messages of one role in a row, a system message).
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
-        except jinja2.TemplateError as error:
+            options: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+            return self._template.render(messages=messages, **options, **self._special)
+        except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def encode(self, tokenizer: BPETokenizer, messages: Sequence[Message]) -> list[int]:
-        """The ids of `render`. Special tokens that a user writes are text: they end no turn and begin none."""
-        added = "|".join(re.escape(token) for token in tokenizer.added_tokens if len(token) > 1)
-        inside = re.compile(f"(?:{added})") if added else None
+        """The ids of `render`. Special tokens that are said are text: they end no turn and begin none."""
+        special = [re.escape(token) for token in tokenizer.special_tokens if len(token) > 1]
+        inside = re.compile("|".join(special) if special else r"(?!)")
+        said = "".join(message["content"] for message in messages)
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)  # of the private-use area
 
         def broken(message: Message) -> Message:
-            if inside is None or message["role"] == "assistant":
-                return message
-            return {**message, "content": inside.sub(lambda m: m[0][0] + _BREAK + m[0][1:], message["content"])}
+            return {**message, "content": inside.sub(lambda m: m[0][0] + mark + m[0][1:], message["content"])}
 
-        pieces = self.render([broken(message) for message in messages]).split(_BREAK)
+        pieces = self.render([broken(message) for message in messages]).split(mark)
         return [token for piece in pieces for token in tokenizer.encode_marked_up(piece)]
 
 

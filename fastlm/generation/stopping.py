@@ -11,7 +11,7 @@ def eos_tokens(eos_token: int | Sequence[int] | None) -> list[int]:
     """The tokens that end a text, as a list."""
     if eos_token is None:
         return []
-    return [eos_token] if isinstance(eos_token, int) else list(eos_token)
+    return list(eos_token) if isinstance(eos_token, Sequence) else [int(eos_token)]
 
 
 def stop_rule(stop: Stop | None, eos_token: int | Sequence[int] | None) -> Callable[[list[int]], bool] | None:

@@ -134,6 +134,8 @@ class GPTConfig:
             raise ValueError(f"sinusoidal positions need an even n_embd, got {self.n_embd}")
         if self.rope_scaling is not None and self.position != "rotary":
             raise ValueError(f"rope_scaling needs position='rotary', got position={self.position!r}")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and not self.rope_theta > 1.0:
+            raise ValueError(f"rope_scaling of kind yarn needs a rope_theta above 1, got {self.rope_theta}")
         if self.norm == "rms_norm" and self.norm_bias:
             raise ValueError("norm='rms_norm' has no bias, got norm_bias=True")
         for name in ("dropout", "attention_dropout", "embedding_dropout"):

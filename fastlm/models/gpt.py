@@ -113,8 +113,7 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         self._check(idx, cu_seqlens, max_seqlen, cache)
-        plain = type(self.wte) is Embedding and not (self.wte._forward_hooks or self.wte._forward_pre_hooks)
-        if self.lm_head is None and plain:
+        if self.lm_head is None and type(self.wte) is Embedding and not _has_hooks(self.wte):
             tokens, head_weight = tied_embedding(idx, self.wte.weight)
         else:
             tokens, head_weight = self.wte(idx), self.head_weight
@@ -299,6 +298,11 @@ class Block(nn.Module):
         branch = F.dropout(self.attention(y, layer=self.layer, **attention_options), self.dropout, self.training)
         y, h = self.norm_2(branch, residual=h)
         return F.dropout(self.mlp(y), self.dropout, self.training), h
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:

@@ -108,7 +108,8 @@ class Attention(nn.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
-                q, k = ops.rotary(q, k, *rotation, inplace=not (heads.requires_grad and torch.is_grad_enabled()))
+                recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+                q, k = ops.rotary(q, k, *rotation, inplace=not recorded)
             if cache is None:
                 y = ops.attention(q, k, v, **options)
             else:

@@ -50,6 +50,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("llama3", "linear", "yarn"):
             raise ValueError(f"rope_scaling: kind must be llama3, linear or yarn, got {self.kind!r}")
+        if not self.original_block_size >= 1:
+            raise ValueError(f"rope_scaling: original_block_size must be at least 1, got {self.original_block_size}")
         if not self.factor >= 1.0:
             raise ValueError(f"rope_scaling: factor must be at least 1, got {self.factor}")
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
+PLAIN = (Tensor, torch.nn.Parameter)  # a tensor of another class may have its numbers elsewhere, or none
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

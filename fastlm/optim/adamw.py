@@ -18,7 +18,6 @@ from fastlm.ops.adamw.native import common_step
 from fastlm.ops.library import untraced
 from fastlm.optim.tracing import base_method
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # others may be sharded: DTensors
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # kept wide and contiguous
 _Batch = list[tuple[Tensor, dict[str, Any]]]
 
@@ -105,18 +104,23 @@ class AdamW(torch.optim.Optimizer):
             ValueError: the groups, or the shapes of the moments, do not fit this optimizer's parameters.
         """
         masters = [group["master_weights"] for group in self.param_groups]
-        given = [state_dict]  # the last: what the hooks make of it
-        last = self.register_load_state_dict_pre_hook(lambda _, changed: given.append(changed))
+        given: list[dict[str, Any]] = []  # what the hooks before it make of the state dict
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, changed: given.append(changed)),
+            self.register_load_state_dict_post_hook(lambda _: self._take(given[-1], masters), prepend=True),
+        ]
         try:
             base_method(self, "load_state_dict")(state_dict)
         finally:
-            last.remove()
-        state_dict = given[-1]
+            for hook in hooks:
+                hook.remove()
+
+    def _take(self, state_dict: dict[str, Any], masters: list[bool]) -> None:
+        """torch has cast the moments to the parameter's dtype, and kept the caller's memory: do it over."""
         for group, saved, master_weights in zip(self.param_groups, state_dict["param_groups"], masters, strict=True):
             group["master_weights"] = saved.get("master_weights", master_weights)
             for p, key in zip(group["params"], saved["params"], strict=True):
                 if key in state_dict["state"]:
-                    # torch casts moments to the parameter's dtype and keeps the caller's memory: do it over
                     self.state[p] = _loaded(p, state_dict["state"][key])
 
     @untraced
@@ -183,7 +187,7 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | T
     grads: list[Any] = [p.grad for p in params]
     if any(g.is_neg() for g in grads):  # a kernel would not see that their signs are yet to be turned
         grads = [g.resolve_neg() for g in grads]
-    local = _as_they_are if all(type(p) in _PLAIN for p in params) else _local
+    local = _as_they_are if all(type(p) in checks.PLAIN for p in params) else _local
     adamw_(
         local(params),
         local(grads),
@@ -207,6 +211,8 @@ def _step(group: dict[str, Any], step: int, batch: _Batch, grad_scale: float | T
 
 def _on_device_of(p: Tensor, grad_scale: float | Tensor) -> float | Tensor:
     """A tensor stays on the GPU, where reading it would wait; elsewhere it is a number."""
+    if hasattr(grad_scale, "full_tensor"):
+        grad_scale = grad_scale.full_tensor()
     if isinstance(grad_scale, Tensor) and p.is_cuda:
         return grad_scale.to(p.device)
     return float(grad_scale)
@@ -222,7 +228,7 @@ def _local(tensors: list[Any]) -> list[Any]:
 
 
 def _zeros(p: Tensor) -> Tensor:
-    zeros = torch.zeros if type(p) in _PLAIN else p.new_zeros  # of a sharded parameter: sharded in the same way
+    zeros = torch.zeros if type(p) in checks.PLAIN else p.new_zeros  # of a sharded parameter: sharded in the same way
     return zeros(p.shape, dtype=checks.statistics_dtype(p), device=p.device)
 
 

@@ -7,11 +7,12 @@ read: the factor goes to the optimizer's step, which multiplies while it reads t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlm.ops import checks
 from fastlm.ops.grad_norm import grad_norm
 
 
@@ -45,4 +46,14 @@ def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Gr
     for g in gradients:
         if g.layout != torch.strided:
             raise ValueError(f"clip_grad_norm: a gradient of shape {tuple(g.shape)} is sparse ({g.layout})")
+    if any(type(g) not in checks.PLAIN for g in gradients):
+        return _sharded(gradients, max_norm)
     return GradNorm(*grad_norm(gradients, max_norm))
+
+
+def _sharded(gradients: list[Tensor], max_norm: float) -> GradNorm:
+    """Of gradients whose parts other processes have (DTensors): torch's norm, which asks them."""
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return GradNorm(norm, torch.where(norm.isfinite(), scale, torch.full_like(scale, torch.nan)))

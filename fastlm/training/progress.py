@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections import deque
 from typing import Any, Protocol
@@ -31,7 +33,12 @@ class Display(Protocol):
 def make_display(console: Console | None = None) -> Unbroken:
     """The live bar on a terminal, plain lines elsewhere."""
     console = console or Console()
+    console.on_broken_pipe = _broken_pipe  # type: ignore[method-assign] # rich's would end the process
     return Unbroken(LiveDisplay(console) if console.is_terminal else PlainDisplay(console))
+
+
+def _broken_pipe() -> None:
+    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Unbroken:
@@ -59,9 +66,9 @@ class Unbroken:
         try:
             if self._display is not None:
                 getattr(self._display, what)(*numbers)
-        except (OSError, SystemExit):  # the latter is rich's answer to a closed pipe
+        except OSError:
             display, self._display = self._display, None
-            with contextlib.suppress(Exception, SystemExit):
+            with contextlib.suppress(Exception):
                 if display is not None:
                     display.stop()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import library, multi_tensor, native, registry
+from fastlm.ops import checks, library, multi_tensor, native, registry
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 
@@ -18,7 +18,7 @@ def unsupported(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -
     for t in (*params, *grads):
         if t.dtype not in DTYPE_CODE:
             return f"its kernel is for float32, bfloat16 and float16, got {t.dtype}"
-        if type(t) not in (Tensor, torch.nn.Parameter):
+        if type(t) not in checks.PLAIN:
             return f"a parameter or gradient is a {type(t).__name__}"
     return None
 

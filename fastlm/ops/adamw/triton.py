@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops import checks
 from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, cdiv
 
 
@@ -25,6 +26,8 @@ def unsupported(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -
     for t in (*params, *grads):
         if t.dtype not in FLOATS:
             return f"its kernel is for float32, bfloat16 and float16, got {t.dtype}"
+        if type(t) not in checks.PLAIN:
+            return f"a parameter or gradient is a {type(t).__name__}"
     return None
 
 

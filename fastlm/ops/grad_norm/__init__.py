@@ -23,14 +23,15 @@ def grad_norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Ten
 
     Returns:
         norm and factor, each a tensor of no dimensions on the first gradient's device, float32 (float64 where a
-        gradient is). The factor is NaN where the norm is not finite. Squares are summed in float32 in an order that
-        follows from the shapes alone; on CUDA nothing waits for the device.
+        gradient is), without a gradient of its own. The factor is NaN where the norm is not finite. Squares are summed
+        in float32 in an order that follows from the shapes alone; on CUDA nothing waits for the device.
 
     Raises:
         ValueError: there is no gradient, one is sparse, or max_norm is not positive.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
     call = _prepare(gradients, max_norm)
+    checks.refuse_tangents("grad_norm", *gradients)
     backend = registry.choose("grad_norm", gradients[0].device.type, call)
     return registry.implementation("grad_norm", backend).norm(*call)
 

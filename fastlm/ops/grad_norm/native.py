@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops import library, native
+from fastlm.ops import checks, library, native
 from fastlm.ops.multi_tensor import chunks_of
 from fastlm.ops.native import DTYPE_CODE
 
@@ -22,7 +22,7 @@ def unsupported(gradients: Sequence[Tensor], *rest: Any) -> str | None:
             return f"its kernel is for float32, bfloat16 and float16, got {g.dtype}"
         if g.device != gradients[0].device:
             return f"the gradients are on several devices, {gradients[0].device} and {g.device}"
-        if type(g) not in (Tensor, torch.nn.Parameter):
+        if type(g) not in checks.PLAIN:
             return f"a gradient is a {type(g).__name__}"
     return None
 
