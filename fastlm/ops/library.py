@@ -1,8 +1,9 @@
 """The torch.library namespace `fastlm`: every raw op is defined here, with its schema and its fake.
 
 An op is `define`d with one Python implementation for all devices (the chosen backend is an argument of the op) and a
-fake that gives shapes and dtypes. Autograd is not registered with the library: one `autograd.Function` stands outside
-each pair of raw ops, which costs a third of what `custom_op` with `register_autograd` costs per call.
+fake that gives shapes and dtypes. Its derivative is not registered with the library: one `autograd.Function` stands
+outside each pair of raw ops, which costs a third of what `custom_op` with `register_autograd` costs per call. What is
+registered is that there is none, of the forward ops: it makes a call through the dispatcher 8 µs longer.
 
 PyTorch's dispatcher is there for whoever looks at calls from outside: compilers, tracers, tensor subclasses, functorch,
 profilers. A way through it and back into Python costs about 10 µs, more than a small kernel. In plain eager mode, with
@@ -55,7 +56,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, on_their_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=LIBRARY)
-    if "(a!)" not in schema:
+    if "(a!)" not in schema and not name.endswith("_backward"):
         torch.library.register_autograd(f"fastlm::{name}", _no_derivative(name), lib=LIBRARY)
     overload = getattr(torch.ops.fastlm, name).default
 
