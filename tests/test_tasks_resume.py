@@ -158,6 +158,10 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
             resume(run, overrides=(more, override), display=quiet())
     with pytest.raises(ValueError, match="fastlm finetune --resume"):
         resume_run(run)
+    adapted = tmp_path / "adapted"
+    finetune(load_config(None, [*overrides, "lora.rank=2"], DEFAULTS), adapted, display=quiet())
+    with pytest.raises(ValueError, match="beside other projections than 'all' names"):
+        resume(adapted, overrides=(more, "lora.targets=all"), display=quiet())
     shutil.copy(train, tmp_path / "kept.tsv")
     write_examples(train, 60, seed=5)
     with pytest.raises(ValueError, match="the saved data position has digest"):

@@ -43,14 +43,7 @@ def add_lora(model: GPT | Encoder, rank: int, alpha: float = 16.0, targets: str 
         raise ValueError(f"LoRA needs a rank of at least 1 and a positive alpha, got {rank} and {alpha}")
     if targets not in TARGETS:
         raise ValueError(f"LoRA's targets must be one of {', '.join(TARGETS)}, got {targets!r}")
-    wanted = {
-        module: parts
-        if targets != "qv" or len(parts) == 1
-        else {n: rows for n, rows in parts.items() if not n.endswith(("key", "k_proj"))}
-        for module, parts in _adaptable(model).items()
-        if module.split(".", 2)[2] in _MODULES[targets]
-    }
-    _add(model, wanted, rank, alpha)
+    _add(model, _targeted(model, targets), rank, alpha)
 
 
 def merge(model: nn.Module) -> None:
@@ -78,6 +71,12 @@ def remove_lora(model: nn.Module) -> None:
 def has_lora(model: nn.Module) -> bool:
     """Whether a model has adapters."""
     return bool(_layers(model))
+
+
+def has_targets(model: GPT | Encoder, targets: str) -> bool:
+    """Whether a model's adapters are beside these projections, and no others."""
+    found = {name: set(layer.lora_A) for name, layer in _layers(model).items()}
+    return found == {name: set(parts) for name, parts in _targeted(model, targets).items()}
 
 
 def rank_and_alpha(model: nn.Module) -> tuple[int, float]:
@@ -190,6 +189,17 @@ def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
             at += rows
         out[name.removesuffix(".weight")] = parts
     return out
+
+
+def _targeted(model: GPT | Encoder, targets: str) -> dict[str, Parts]:
+    """Those of them that `targets` names."""
+    return {
+        module: parts
+        if targets != "qv" or len(parts) == 1
+        else {n: rows for n, rows in parts.items() if not n.endswith(("key", "k_proj"))}
+        for module, parts in _adaptable(model).items()
+        if module.split(".", 2)[2] in _MODULES[targets]
+    }
 
 
 def _add(model: GPT | Encoder, wanted: dict[str, Parts], rank: int, alpha: float) -> None:

@@ -10,7 +10,7 @@ from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.huggingface.load import read_config
-from fastlm.models.lora import add_lora, has_lora, merge, rank_and_alpha, remove_lora
+from fastlm.models.lora import add_lora, has_lora, has_targets, merge, rank_and_alpha, remove_lora
 from fastlm.training.config import LoraConfig
 from fastlm.training.loading import check_vocabulary, find_model
 
@@ -24,6 +24,10 @@ def check_adapters(model: GPT | Encoder, lora: LoraConfig, where: Path) -> None:
         raise ValueError(
             f"the checkpoint {where} has LoRA adapters of rank {rank} and alpha {alpha:g}, the settings ask for rank "
             f"{lora.rank} and alpha {lora.alpha:g}; rank 0 means none"
+        )
+    if rank and not has_targets(model, lora.targets):
+        raise ValueError(
+            f"the checkpoint {where} has LoRA adapters beside other projections than {lora.targets!r} names"
         )
 
 
