@@ -93,6 +93,22 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.stdout.strip() == isa
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention" and not case.bench], ids=str)
+def test_what_a_call_leaves_in_the_buffers_reaches_no_other(case: Any) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the buffers are a thread's
+    try:
+        arguments = case.build(Maker())
+        wanted, wanted_gradients, upstream = run(attention, arguments)
+        poison = {name: torch.full((1, 192, 4, arguments[name].shape[-1]), torch.nan) for name in "qkv"}
+        run(attention, poison)
+        got, gradients, _ = run(attention, arguments, upstream)
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip([*got, *gradients], [*wanted, *wanted_gradients], strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     kv_heads = draw(st.integers(1, 3))

@@ -133,11 +133,13 @@ void differentiate_block(const AttentionInputs& p, const AttentionGradients& g, 
     };
     const auto k = columns_of(p.k, p.k_strides, Use::often, buffers.k);
     const auto v = columns_of(p.v, p.v_strides, Use::once, buffers.v);
+    // Where nothing is visible the product may leave the scores as they are, and the soft cap takes its slope of them.
+    if (partial && p.softcap > 0.0f) std::fill(buffers.weights, buffers.weights + columns * kRows, 0.0f);
     product<Layout::rows>(columns, lanes.padded, p.width, k.data, k.stride, q_turned.data, q_turned.stride,
                           buffers.weights, kRows, false, columns_seen);
     Math::scale(columns, lanes.padded, p.scale, buffers.weights);
     finish_scores(p, lanes, j0, columns, partial, buffers.weights, buffers.slope);
-    // Where nothing is visible the product may leave dp as it is: zero, since 0 * NaN would be NaN
+    // And dp: zero, since 0 * NaN would be NaN
     if (partial) std::fill(buffers.dscores, buffers.dscores + columns * kRows, 0.0f);
     product<Layout::rows>(columns, lanes.padded, p.width, v.data, v.stride, dout_turned.data, dout_turned.stride,
                           buffers.dscores, kRows, false, columns_seen);

@@ -212,7 +212,8 @@ void decode(int64_t width, bool rms, Activation a, DType type) {
   Tensor w_out(c * mlp, type, 6), b_qkv(qkv, type, 7), b_fc(fc, type, 8), h(rows * c, type, 9), out(rows * c, type);
   Tensor cos(width / 2, f32, 1), sin(width / 2, f32, 2), k1(2 * 5 * width, type, 1), v1(k1.numel, type, 2), k2(width, type), v2(width, type);
   const DecodeNorm norm{scale.data, rms ? nullptr : shift.data};
-  const DecodeBlock block{norm, {w_qkv.data, b_qkv.data}, {w_proj.data, nullptr}, norm, {w_fc.data, b_fc.data}, {w_out.data, nullptr}};
+  const void *const q_norm = rms ? scale.data : nullptr, *const k_norm = rms ? shift.data : nullptr;
+  const DecodeBlock block{norm, {w_qkv.data, b_qkv.data}, q_norm, k_norm, {w_proj.data, nullptr}, norm, {w_fc.data, b_fc.data}, {w_out.data, nullptr}};
   const DecodeBlock blocks[] = {block, block};
   void *const keys_1[] = {k1.data, k1.data}, *const values_1[] = {v1.data, v1.data};
   void *const keys_2[] = {k2.data, k2.data}, *const values_2[] = {v2.data, v2.data};
