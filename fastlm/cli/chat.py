@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fastlm.cli.generate import TextStream, write
+from fastlm.cli.generate import Device, DType, MinP, RepetitionPenalty, Temperature, TextStream, TopK, TopP, write
 from fastlm.cli.loading import end_tokens, torch_dtype
 
 
@@ -23,22 +23,14 @@ def chat(
         str | None, typer.Option(help="What the model is told before the conversation.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.", min=1)] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest.", show_default=False)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Only the likeliest that together have this probability.", show_default=False)
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only those with this part of the likeliest's probability.", show_default=False)
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: makes repetition unlikelier.", show_default=False)
-    ] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int, typer.Option(help="Same seed, same conversation.", min=0, max=2**63 - 1)] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (as they are stored), float32, bfloat16, float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: DType = "auto",
+    device: Device = "auto",
 ) -> None:
     """Talk to a chat model. A line is a message; /new begins a new conversation, /exit or the end of the input ends.
     Ctrl-C ends an answer."""

@@ -9,6 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
+# The options that `fastlm chat` has, too.
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest.", show_default=False)]
+TopP = Annotated[
+    float | None, typer.Option(help="Only the likeliest that together have this probability.", show_default=False)
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Only those with this part of the likeliest's probability.", show_default=False)
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: makes repetition unlikelier.", show_default=False)
+]
+DType = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto (as they are stored).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
 
 def generate(
     model: Annotated[
@@ -18,17 +33,11 @@ def generate(
         list[str] | None, typer.Option(help="A text to continue. Several make one batch.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=0)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest.", show_default=False)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Only the likeliest that together have this probability.", show_default=False)
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only those with this part of the likeliest's probability.", show_default=False)
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: makes repetition unlikelier.", show_default=False)
-    ] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End where this text appears. Any number of times.", show_default=False)
     ] = None,
@@ -37,10 +46,8 @@ def generate(
         Path | None, typer.Option(help="The model's tokenizer, if not in its folder.", show_default=False)
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of a run: best or last.")] = "best",
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto (as they are stored).")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: DType = "float32",
+    device: Device = "auto",
 ) -> None:
     """Continue one prompt, word by word as it comes, or several at once. Without a prompt, begin a new text."""
     import torch

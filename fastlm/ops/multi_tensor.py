@@ -36,11 +36,9 @@ def on_device(table: bytes, device: torch.device) -> Tensor:
 
 
 def _tensor(table: bytes) -> Tensor:
-    return (
-        torch.frombuffer(bytearray(table), dtype=torch.int64)
-        if table
-        else torch.empty(0, dtype=torch.int64, device="cpu")
-    )
+    if not table:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(bytearray(table), dtype=torch.int64)
 
 
 def _upload(table: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
