@@ -27,6 +27,7 @@
 #include "layer_norm/layer_norm_torch.h"
 #include "linear/column_sums.h"
 #include "linear/narrow.h"
+#include "linear/packed.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -170,6 +171,24 @@ void narrow_linear(Address x, Address weight, Address bias, Address y, Address w
                        y_stride,    dtype(x_type),    dtype(weight_type), dtype(y_type)};
   py::gil_scoped_release release;
   narrow_linear_cpu(p);
+}
+
+void packed_product(Address a, int64_t a_stride, bool a_transposed, int a_type, Address b, int64_t b_stride, bool b_transposed,
+                    int b_type, Address bias, Address out, int64_t rows, int64_t cols, int64_t depth, int64_t out_stride,
+                    int out_type, bool accumulate) {
+  const PackedProduct p{{at<void>(a), a_stride, a_transposed, dtype(a_type)},
+                        {at<void>(b), b_stride, b_transposed, dtype(b_type)},
+                        at<void>(bias),
+                        at<void>(out),
+                        rows,
+                        cols,
+                        depth,
+                        out_stride,
+                        dtype(b_type),
+                        dtype(out_type),
+                        accumulate};
+  py::gil_scoped_release release;
+  packed_product_cpu(p);
 }
 
 // `weights`: addresses, fourteen a block in the order of DecodeBlock, then the last norm's two. `caches`: for each group of
@@ -461,6 +480,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm", &gemm);
   m.def("gemm_workspace", &gemm_workspace);
   m.def("narrow_linear", &narrow_linear);
+  m.def("packed_product", &packed_product);
   m.def("narrow_linear_workspace", &narrow_linear_workspace_cpu);
   m.def("skinny_linear", &skinny_linear);
   m.def("column_sums_workspace_cuda", &column_sums_workspace_cuda);

@@ -154,6 +154,33 @@ def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     )
 
 
+def packed(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False) -> None:
+    """mm's contract by csrc/linear/packed.cpp, for any sizes; a, b and out each float32, bfloat16 or float16."""
+    (a_stride, a_transposed), (b_stride, b_transposed) = _layout(a), _layout(b)
+    native.C.packed_product(
+        a.data_ptr(),
+        a_stride,
+        a_transposed,
+        native.DTYPE_CODE[a.dtype],
+        b.data_ptr(),
+        b_stride,
+        b_transposed,
+        native.DTYPE_CODE[b.dtype],
+        native.pointer(bias),
+        out.data_ptr(),
+        *out.shape,
+        a.shape[1],
+        out.stride(0),
+        native.DTYPE_CODE[out.dtype],
+        accumulate,
+    )
+
+
+def _layout(t: Tensor) -> tuple[int, bool]:
+    """How far apart the rows of t are, or those of its transpose, and whether it is the transpose."""
+    return (t.stride(0), False) if t.stride(1) == 1 else (t.stride(1), True)
+
+
 @functools.cache
 def _has_wide_registers() -> bool:
     """Whether the kernels use AVX2 or more: without it, and on arm64, they were not measured beside the library."""

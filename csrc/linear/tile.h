@@ -1,0 +1,137 @@
+// The tile that products of matrices are made of: kStrip x two vectors of sums stay in registers while, step by step
+// along the depth, each of kStrip numbers of one matrix is spread over a vector and multiplied by a panel's numbers of
+// the other.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "common/rows.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+// Registers: strip x vectors for the sums, `vectors` for a panel's numbers, one for the number that is spread.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kStrip = 12;
+#else
+constexpr int kStrip = 6;
+#endif
+constexpr int kVectors = 2;
+constexpr int64_t kSize = Vec::size, kPanel = kVectors * kSize;
+
+constexpr int64_t kDepth = 384;  // of a block: kStrip rows of it are 18 KB, which the first-level cache holds
+constexpr int64_t kGroup = 48;   // rows or columns that are taken together: whole strips, and whole cache lines
+constexpr int64_t kRoomStride = kDepth + 16;
+static_assert(kGroup % kStrip == 0 && kGroup % kSize == 0);
+
+// kStrip rows of a matrix at some depth: element (r, k) at data[r * row + k * step].
+struct Strip {
+  const float* data;
+  int64_t row, step;
+};
+
+// kStrip x kPanel numbers in rows: sums to begin with (null: zeros), or where they go.
+template <class T>
+struct Square {
+  T* data;
+  int64_t stride;
+};
+
+// Memory that the tile's loop fetches into the cache meanwhile: `lines` cache lines at each of `rows` addresses.
+struct Ahead {
+  const void* first;
+  int64_t rows, stride, lines;  // stride in bytes
+};
+
+template <class T>
+int64_t lines_of(int64_t elements) {
+  return (elements * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+}
+
+// to = from + the strip's product with V vectors of the panel, which has kPanel numbers a step.
+template <int V>
+__attribute__((noinline)) void tile(int64_t depth, Strip strip, const float* panel, Square<const float> from,
+                                    Square<float> to, Ahead read, Ahead write) {
+  Vec sums[kStrip][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < kStrip; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[r][v] = zero();
+  }
+  const float* w = strip.data;
+  const auto steps = [&](int64_t n) __attribute__((always_inline)) {
+    for (; n > 0; --n) {
+      Vec x[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        prefetch(panel + 8 * kPanel + v * kSize);
+        x[v] = load(panel + v * kSize);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kStrip; ++r) {
+        const Vec number = set1(w[r * strip.row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(number, x[v], sums[r][v]);
+      }
+      w += strip.step;
+      panel += kPanel;
+    }
+  };
+  const int64_t part = depth / kStrip;  // fetches that come all at once would stand in each other's way
+  for (int r = 0; r < kStrip; ++r) {
+    const char* const next = static_cast<const char*>(read.first) + r * read.stride;
+    const char* const result = static_cast<const char*>(write.first) + r * write.stride;
+    if (r < read.rows) {
+      for (int64_t i = 0; i < read.lines; ++i) prefetch(next + i * 64);
+    }
+    if (r < write.rows) {
+      for (int64_t i = 0; i < write.lines; ++i) prefetch_to_write(result + i * 64);
+    }
+    steps(part);
+  }
+  steps(depth - part * kStrip);
+#pragma GCC unroll 16
+  for (int r = 0; r < kStrip; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      if (from.data != nullptr) sums[r][v] += load(from.data + r * from.stride + v * kSize);
+      store(to.data + r * to.stride + v * kSize, sums[r][v]);
+    }
+  }
+}
+
+// A matrix of `count` rows that lie in memory along the depth, from some depth on, turned: to[k * stride + r] for k below
+// depth and r below kSize; zeros for the rows that are missing.
+template <class T>
+void turn_rows(const T* from, int64_t from_stride, int64_t count, int64_t depth, float* to, int64_t stride) {
+  for (int64_t k = 0; k < depth; k += kSize) {
+    const int64_t some = std::min(kSize, depth - k);
+    Vec square[kSize];
+    for (int64_t r = 0; r < kSize; ++r) {
+      const T* const x = from + r * from_stride + k;
+      square[r] = r >= count ? zero() : some == kSize ? load(x) : load_n(x, some);
+    }
+    transpose(square);
+    for (int64_t i = 0; i < some; ++i) store(to + (k + i) * stride, square[i]);
+  }
+}
+
+// kStrip rows that lie in memory along the depth, as floats whose rows do not share the cache's sets: where they are, or
+// copied to `room` (kStrip x kRoomStride). Of rows that are missing, anything.
+template <class T>
+Strip strip_of_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, float* room) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == kStrip && stride * sizeof(float) % 4096 != 0) return {rows, stride, 1};
+  }
+  for (int64_t r = 0; r < kStrip; ++r) {
+    const T* const from = rows + std::min(r, count - 1) * stride;
+    float* const to = room + r * kRoomStride;
+    over_row(depth, [&](auto at, int64_t k, int) { at.store(to + k, at.load(from + k)); });
+  }
+  return {room, kRoomStride, 1};
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_ISA
