@@ -65,7 +65,7 @@ class Strips {
     const int64_t count = std::min<int64_t>(kStrip, end_ - row);
     if (!a_.transposed) return strip_of_rows(data_ + row * a_.stride + k_, a_.stride, count, depth_, room_);
     if (in_group == 0) copy_group(row);
-    return {room_ + in_group * depth_, 1, kStrip};
+    return {strip(in_group), 1, kStrip};
   }
 
   // What the tile of this strip and panel fetches of the strips that come after.
@@ -77,28 +77,26 @@ class Strips {
     }
     const int64_t tiles = kGroup / kStrip * panels_, each = (depth_ + tiles - 1) / tiles;
     const int64_t i = (in_group / kStrip * panels_ + panel) * each, next = row - in_group + kGroup;
-    if (next >= end_ || each > kStrip) return {};
+    if (next >= end_) return {};
     return {data_ + (k_ + i) * a_.stride + next, std::min(each, depth_ - i), bytes(a_.stride), lines_of<T>(kGroup) + 1};
   }
 
  private:
-  // A transposed matrix has a strip's numbers of one depth side by side, and so they lie in the copy.
+  // A transposed matrix has a strip's numbers of one depth side by side, and so they lie in the copy. Whole vectors are
+  // copied (stores of less are slow on some processors): the next depth's numbers go over what was too much.
   void copy_group(int64_t row) {
     const int64_t count = std::min(kGroup, end_ - row);
     for (int64_t i = 0; i < depth_; ++i) {
       const T* const from = data_ + (k_ + i) * a_.stride + row;
       for (int64_t s = 0; s < count; s += kStrip) {
-        float* const to = room_ + s * depth_ + i * kStrip;
-        const int64_t some = std::min<int64_t>(kStrip, count - s);
-        for (int64_t r = 0; r < kStrip; r += kSize) {
-          const int64_t here = std::clamp<int64_t>(some - r, 0, kSize), room = std::min(kSize, kStrip - r);
-          const Vec v = here == kSize ? load(from + s + r) : load_n(from + s + r, here);
-          if (room == kSize) store(to + r, v);
-          else store_n(to + r, v, room);
+        for (int64_t r = s; r < s + kStrip; r += kSize) {
+          const int64_t left = std::max<int64_t>(0, count - r);
+          store(strip(s) + i * kStrip + r - s, left >= kSize ? load(from + r) : load_n(from + r, left));
         }
       }
     }
   }
+  float* strip(int64_t in_group) const { return room_ + in_group * kRoomStride; }
   static int64_t bytes(int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); }
 
   const Operand& a_;

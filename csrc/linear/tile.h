@@ -43,11 +43,20 @@ struct Square {
 struct Ahead {
   const void* first;
   int64_t rows, stride, lines;  // stride in bytes
+
+  // fetch(line) for the r-th of kStrip parts of it. Inlined always, as prefetch() is.
+  template <class Fetch>
+  [[gnu::always_inline]] void part(int r, const Fetch& fetch) const {
+    const int64_t each = (rows + kStrip - 1) / kStrip, end = std::min(rows, (r + 1) * each);
+    for (int64_t row = r * each; row < end; ++row) {
+      for (int64_t i = 0; i < lines; ++i) fetch(static_cast<const char*>(first) + row * stride + i * kLine);
+    }
+  }
 };
 
 template <class T>
 int64_t lines_of(int64_t elements) {
-  return (elements * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+  return (elements * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
 }
 
 // to = from + the strip's product with V vectors of the panel, which has kPanel numbers a step.
@@ -81,14 +90,8 @@ __attribute__((noinline)) void tile(int64_t depth, Strip strip, const float* pan
   };
   const int64_t part = depth / kStrip;  // fetches that come all at once would stand in each other's way
   for (int r = 0; r < kStrip; ++r) {
-    const char* const next = static_cast<const char*>(read.first) + r * read.stride;
-    const char* const result = static_cast<const char*>(write.first) + r * write.stride;
-    if (r < read.rows) {
-      for (int64_t i = 0; i < read.lines; ++i) prefetch(next + i * 64);
-    }
-    if (r < write.rows) {
-      for (int64_t i = 0; i < write.lines; ++i) prefetch_to_write(result + i * 64);
-    }
+    read.part(r, [](const char* line) __attribute__((always_inline)) { prefetch(line); });
+    write.part(r, [](const char* line) __attribute__((always_inline)) { prefetch_to_write(line); });
     steps(part);
   }
   steps(depth - part * kStrip);
