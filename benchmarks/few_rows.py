@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -90,12 +91,11 @@ def _ratio(ours: Callable[[], None], library: Callable[[], None], rounds: int) -
 
 @contextmanager
 def _without_our_kernels() -> Iterator[None]:
-    most = products.NARROW_ROWS
-    products.NARROW_ROWS = 0
-    try:
+    with (
+        mock.patch.object(products, "NARROW_ROWS", 0),
+        mock.patch.object(products, "library_lags", lambda: False),
+    ):
         yield
-    finally:
-        products.NARROW_ROWS = most
 
 
 if __name__ == "__main__":

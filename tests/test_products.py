@@ -1,4 +1,4 @@
-"""Products of half precision made in float32, on processors without instructions for them."""
+"""Products on the CPU: those of half precision that are made in float32, and our own kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlm
 from fastlm.nn.linear import linear
-from fastlm.ops import memory, native, products
+from fastlm.ops import memory, mkl, native, products
 
 if native.cpu_unavailable() is not None:
     pytest.skip(str(native.cpu_unavailable()), allow_module_level=True)
@@ -20,8 +20,9 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def widen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor without such instructions, whatever this one has."""
+    """As on a processor without such instructions, and with a fast library, whatever this one has."""
     monkeypatch.setattr(products, "widens", lambda dtype: dtype in HALF)
+    monkeypatch.setattr(products, "library_lags", lambda: False)
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows") -> Tensor:
@@ -184,3 +185,96 @@ def test_few_rows_and_a_layers_weights_are_our_own_kernels(dtype: torch.dtype, m
     products.mm(matrix(20, 1100, dtype), weight, dx)  # by the weights as they are, not transposed
     products.mm(matrix(20, 512, dtype), weight.t(), torch.zeros(20, 1100), accumulate=True)
     assert ours == [3, 16, 17, 256]
+
+
+@pytest.mark.parametrize(
+    "types", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, F32), (BF16, F32, F16)], ids=str
+)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 7, 3), (13, 193, 17), (48, 192, 512), (600, 400, 33), (49, 385, 560)], ids=str
+)
+@pytest.mark.parametrize("layouts", list(itertools.product(["rows", "columns"], repeat=2)), ids="-".join)
+def test_packed_products(sizes: tuple[int, int, int], types: tuple[torch.dtype, ...], layouts: tuple[str, str]) -> None:
+    """Any sizes, either operand a transpose, the result's rows further apart than they are long."""
+    rows, depth, cols = sizes
+    a, b = matrix(rows, depth, types[0], layouts[0]), matrix(depth, cols, types[1], layouts[1])
+    around = torch.full((rows, cols + 3), 7.0, dtype=types[2])
+    for bias in (None, matrix(1, cols, types[1])[0]):
+        products.packed(a, b, around[:, :cols], bias)
+        exact, bound = wanted(a, b.t(), bias, types[2])
+        assert ((around[:, :cols].double() - exact).abs() <= bound).all()
+        assert (around[:, cols:] == 7).all()
+    if types[2] == F32:
+        start = matrix(rows, cols, F32)
+        around[:, :cols] = start
+        products.packed(a, b, around[:, :cols], accumulate=True)
+        exact, bound = wanted(a, b.t(), None, F32)
+        bound += 1e-6 * start.double().abs()
+        assert ((around[:, :cols].double() - exact - start.double()).abs() <= bound).all()
+        assert (around[:, cols:] == 7).all()
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(["rows", "columns"], repeat=2)), ids="-".join)
+def test_a_row_of_a_packed_product_is_the_same_whatever_else_there_is(
+    layouts: tuple[str, str],
+) -> None:
+    a, b = matrix(700, 450, F32, layouts[0]), matrix(450, 601, F32, layouts[1])
+    together, threads = torch.empty(700, 601), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            out = torch.empty(700, 601)
+            products.packed(a, b, out)
+            if count == 1:
+                together.copy_(out)
+            assert torch.equal(out, together)
+    finally:
+        torch.set_num_threads(threads)
+    some = torch.empty(20, 601)
+    products.packed(a[137:157], b, some)
+    assert torch.equal(together[137:157], some)
+
+
+def test_infinite_numbers_of_a_packed_product_stay_where_they_are() -> None:
+    """What is multiplied beside the result's edges goes nowhere."""
+    a, b = torch.ones(50, 200), torch.ones(200, 70)
+    a[49, 3], b[199, 69] = float("nan"), float("inf")
+    out = torch.empty(50, 70)
+    products.packed(a, b, out)
+    assert out[49].isnan().all() and (out[:49, 69] == float("inf")).all() and (out[:49, :69] == 200).all()
+
+
+def test_large_products_are_our_own_where_the_library_lags(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[tuple[int, ...]] = []
+    kernel = products.packed
+    monkeypatch.setattr(products, "packed", lambda a, b, out, *rest: (ours.append(out.shape), kernel(a, b, out, *rest)))
+    monkeypatch.setattr(products, "library_lags", lambda: True)
+    x, weight = matrix(512, 256, F32).requires_grad_(), matrix(160, 256, F32).requires_grad_()
+    with fastlm.backend("cpu"):
+        linear(x, weight).backward(torch.ones(512, 160))
+    assert ours == [(512, 160), (512, 256), (160, 256)]
+    assert x.grad is not None and weight.grad is not None
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand_as(x))
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand_as(weight))
+    ours.clear()
+    total = torch.zeros(160, 256)
+    products.mm(torch.ones(160, 512), x.detach(), total, accumulate=True)
+    products.mm(torch.ones(160, 512, dtype=BF16), x.detach(), total, accumulate=True)
+    assert ours == [(160, 256)] * 2
+    torch.testing.assert_close(total, 2 * x.detach().sum(0).expand_as(total), rtol=0, atol=1e-4)
+    ours.clear()
+    products.mm(matrix(512, 256, F32, "gaps"), weight.detach().t(), torch.empty(512, 160))
+    products.mm(torch.ones(512, 4096), torch.ones(4096, 8), torch.empty(512, 8))
+    products.mm(torch.ones(300, 40), torch.ones(40, 50), torch.empty(300, 50))
+    assert ours == []
+
+
+@pytest.mark.parametrize(("vendor", "lags"), [("GenuineIntel", False), ("AuthenticAMD", True), ("", False)])
+def test_the_library_lags_on_amds_processors_alone(vendor: str, lags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "_has_wide_registers", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(mkl, "processor", lambda: vendor)
+    assert products.library_lags.__wrapped__() is lags
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not products.library_lags.__wrapped__()

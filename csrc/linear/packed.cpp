@@ -11,7 +11,7 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPanels = 8;    // a block of them has 393 KB, with registers of 256 bits 197
+constexpr int64_t kPanels = 16;   // a block of them has 393 KB, with registers of 256 bits 197
 constexpr int64_t kMostRows = 528;  // of a block
 constexpr int64_t kCopyRows = 12;  // a block of b is copied in the time in which so many rows are multiplied by it
 

@@ -16,8 +16,8 @@ _SMALL_RESULT = 2 << 20  # bytes
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, and `fastlm.ops.linear` where that is more: on a GPU where the bias has a gradient; on the CPU for the
-    few rows of decoding, for large results, and where the processor has no instructions for the dtype. In a graph of
-    torch.compile it is PyTorch's."""
+    few rows of decoding, for large results, and where PyTorch's product is slow (`products.slow_library`). In a graph
+    of torch.compile it is PyTorch's."""
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         return F.linear(x, weight, bias)
     if x.is_cuda:
@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         size = x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if size <= _SMALL_RESULT and not products.widens(dtype):
+        if size <= _SMALL_RESULT and not products.slow_library(dtype, x.numel() * weight.shape[0]):
             return F.linear(x, weight, bias)
     return ops.linear(x, weight, bias)
 

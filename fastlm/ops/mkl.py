@@ -19,13 +19,16 @@ def fix_order() -> bool:
     that product nothing changes any more. On Intel processors strict mode is as fast (docs/cpu.md). On others it may
     choose older instructions, so there it is left to the user.
     """
-    if "MKL_CBWR" not in os.environ and _intel():
+    if "MKL_CBWR" not in os.environ and processor() == "GenuineIntel":
         os.environ["MKL_CBWR"] = "AUTO,STRICT"
     return "STRICT" in os.environ.get("MKL_CBWR", "")
 
 
-def _intel() -> bool:
+@functools.cache
+def processor() -> str:
+    """Its maker, as far as the system says: "GenuineIntel", "AuthenticAMD" or ""."""
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:1000]
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:1000]
     except OSError:  # no Linux
-        return False
+        return ""
+    return next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in text), "")

@@ -1,5 +1,6 @@
 """Matrix products on the CPU: PyTorch's library in the way that is fastest on this processor, and our own kernels
-(csrc/linear) for a layer's weights and so few rows that the library's copies of the weights cost more than they bring.
+(csrc/linear): for a layer's weights and so few rows that the library's copies of the weights cost more than they bring,
+and for large float32 products where the library is MKL and the processor AMD's.
 
 Few processors can multiply numbers of 16 bits. On the others the library's products of bfloat16 reach a quarter of
 float32's rate and those of float16 a twelfth (1024 x 768 x 3072 on two cores of a Cascade Lake Xeon: 100 and 273 ms;
@@ -16,7 +17,7 @@ import platform
 import torch
 from torch import Tensor
 
-from fastlm.ops import memory, native
+from fastlm.ops import memory, mkl, native
 
 # Bytes of a piece in float32, of each operand and of the result: small beside a training step's memory, yet nearly all
 # matrices are one piece, and no operand is converted twice.
@@ -34,6 +35,12 @@ NARROW_ROWS = 256
 
 # The library is as fast in float32 where the weights have fewer elements.
 _NARROW_WEIGHTS = 1 << 19
+
+# Products of so many multiply-adds, and no side of the result shorter than that, are our own where the library lags
+# (csrc/linear/packed.cpp): two cores of a Zen 4 EPYC make 205 GFLOP/s of 227 in float32, MKL 120 to 190. Smaller ones
+# lie in the caches, and the library is as fast (python -m benchmarks.large_products).
+PACKED_WORK = 16 << 20
+_PACKED_SIDE = 16
 
 # With a side shorter than this, converting the other matrices takes longer than the library's product.
 _SHORTEST_SIDE = 8
@@ -59,7 +66,9 @@ def mm(
     """
     if len(a) <= NARROW_ROWS and not accumulate and _few_rows(a, b, out, bias):
         return
-    if a.dtype != b.dtype or (widens(a.dtype) and min(*a.shape, b.shape[1]) >= _SHORTEST_SIDE):
+    if library_lags() and _large(a, b, out, bias):
+        packed(a, b, out, bias, accumulate)
+    elif a.dtype != b.dtype or (widens(a.dtype) and min(*a.shape, b.shape[1]) >= _SHORTEST_SIDE):
         _widened(a, b, out, bias, accumulate, piece_bytes or PIECE_BYTES)
     elif out.dtype != a.dtype:
         product = a @ b
@@ -91,6 +100,30 @@ def widens(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return isa != "avx512_bf16"
     return not isa.startswith("avx512") or "avx512_fp16" not in native.C.cpu_features()
+
+
+@functools.cache
+def library_lags() -> bool:
+    """Whether the library's float32 products stay behind the processor: MKL's on AMD's with AVX2 or more. Elsewhere our
+    kernel was not measured beside the library, or is not faster."""
+    return _has_wide_registers() and torch.backends.mkl.is_available() and mkl.processor() == "AuthenticAMD"
+
+
+def slow_library(dtype: torch.dtype, work: int) -> bool:
+    """Whether products of this dtype, of `work` multiply-adds, are better left to `mm` than to PyTorch."""
+    return widens(dtype) or (dtype == torch.float32 and work >= PACKED_WORK and library_lags())
+
+
+def _large(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
+    """Whether out = a @ b + bias is for csrc/linear/packed.cpp."""
+    rows, cols = out.shape
+    if rows * cols * a.shape[1] < PACKED_WORK or min(rows, cols) < _PACKED_SIDE:
+        return False
+    if out.stride(1) != 1 or any(1 not in t.stride() for t in (a, b)):
+        return False
+    if bias is not None and (bias.dtype != b.dtype or bias.stride(0) != 1):
+        return False
+    return all(t.dtype == torch.float32 or widens(t.dtype) for t in (a, b))
 
 
 def _few_rows(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
@@ -184,7 +217,7 @@ def _layout(t: Tensor) -> tuple[int, bool]:
 @functools.cache
 def _has_wide_registers() -> bool:
     """Whether the kernels use AVX2 or more: without it, and on arm64, they were not measured beside the library."""
-    return native.C.cpu_isa() != "baseline"
+    return native.cpu_unavailable() is None and native.C.cpu_isa() != "baseline"
 
 
 def _widened(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, piece_bytes: int) -> None:

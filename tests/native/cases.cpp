@@ -17,6 +17,7 @@
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
 #include "linear/narrow.h"
+#include "linear/packed.h"
 #include "linear/skinny.h"
 #include "lstm/lstm.h"
 #include "mlp/mlp.h"
@@ -167,6 +168,18 @@ void narrow_linear(int64_t rows, int64_t cols, int64_t depth, DType x_type, DTyp
   record("narrow_linear", {&y});
 }
 
+void packed_product(int64_t rows, int64_t cols, int64_t depth, DType a_type, DType b_type, DType out_type) {
+  for (int way = 0; way < 4; way++) {
+    const bool a_turned = way & 1, b_turned = way & 2, add = way == 3 && out_type == f32;
+    const int64_t a_stride = (a_turned ? rows : depth) + 3, b_stride = (b_turned ? depth : cols) + 5;
+    Tensor a((a_turned ? depth : rows) * a_stride - 3, a_type, 1), b((b_turned ? cols : depth) * b_stride - 5, b_type, 2);
+    Tensor bias(cols, b_type, 3), out(rows * (cols + 2) - 2, out_type, 4);
+    packed_product_cpu({{a.data, a_stride, a_turned, a_type}, {b.data, b_stride, b_turned, b_type}, add ? nullptr : bias.data,
+                        out.data, rows, cols, depth, cols + 2, b_type, out_type, add});
+    record("packed_product", {&out});
+  }
+}
+
 void lstm(int64_t batch, int64_t steps, int64_t hidden) {
   const int64_t one = batch * hidden, all = one * steps;
   Tensor gates(4 * all, f32, 1), h0(one, f32, 2), c0(one, f32, 3), weight(4 * hidden * hidden, f32, 4), y(all, f32), c(all, f32);
@@ -279,6 +292,13 @@ void small_cases() {
   narrow_linear(19, 49, 33, bf16, bf16, bf16);
   narrow_linear(40, 12, 400, f32, bf16, f32);
   narrow_linear(5, 61, 9, f16, f16, f16);
+  packed_product(1, 1, 1, f32, f32, f32);
+  packed_product(17, 13, 5, f32, f32, f32);
+  packed_product(61, 50, 203, f32, f32, f32);
+  packed_product(12, 32, 9, f32, f32, f32);
+  packed_product(19, 49, 33, bf16, bf16, bf16);
+  packed_product(40, 12, 200, f32, bf16, f32);
+  packed_product(5, 61, 9, f16, f16, f16);
   lstm(3, 4, 7);
   lstm(5, 2, 33);
   embedding_and_sample(37, f32);
@@ -303,6 +323,7 @@ void large_cases() {
     shared("optimizer", [&] { optimizer(200003, type, type, false); });
     shared("skinny_linear", [&] { skinny_linear(4, 301, 768, type); });
     shared("narrow_linear", [&] { narrow_linear(70, 301, 768, type, type, type); });
+    shared("packed_product", [&] { packed_product(110, 601, 200, type, type, type); });
     shared("embedding_and_sample", [&] { embedding_and_sample(20011, type); });
     shared("rotary", [&] { rotary(70, 12, 64, false, type); });
     shared("decode", [&] { decode(128, false, Activation::gelu_tanh, type); });

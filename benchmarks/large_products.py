@@ -1,0 +1,79 @@
+"""Large float32 products on the CPU: our kernel beside PyTorch's library.
+
+    python -m benchmarks.large_products
+
+The three products of a linear layer, of `rows` tokens: y = x w^T + bias, dx = dy w, dw = dy^T x. The two kernels take
+turns. On processors where the library is as fast (fastlm.ops.products.library_lags), fastlm does not use its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import memory, products
+
+# (rows, depth, columns)
+SHAPES = (
+    (1024, 768, 2304),
+    (1024, 768, 3072),
+    (1024, 3072, 768),
+    (3072, 384, 1536),
+    (3072, 384, 384),
+    (1024, 384, 384),
+    (512, 768, 50304),
+    (4096, 512, 64),
+    (256, 256, 256),
+    (128, 256, 128),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="*", help="as 1024x768x3072", type=_shape, default=SHAPES)
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads; used here: {products.library_lags()}; GFLOP/s of ours, of the library's")
+    for rows, depth, cols in options.shapes:
+        x, weight, bias = torch.randn(rows, depth), torch.randn(cols, depth), torch.randn(cols)
+        dy = torch.randn(rows, cols)
+        calls = (("y", x, weight.t(), bias), ("dx", dy, weight, None), ("dw", dy.t(), x, None))
+        results = [_compare(*call, rounds=options.rounds) for call in calls]
+        print(f"{rows} x {depth} x {cols}:", *results, flush=True)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split("x"))
+
+
+def _compare(name: str, a: Tensor, b: Tensor, bias: Tensor | None, rounds: int) -> str:
+    out = memory.empty((a.shape[0], b.shape[1]), torch.float32)
+
+    def ours() -> None:
+        products.packed(a, b, out, bias)
+
+    def library() -> None:
+        torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    repeats = max(1, round(5e8 / flops))
+    seconds: dict[Callable[[], None], list[float]] = {ours: [], library: []}
+    for round_ in range(rounds + 1):  # the first is not counted
+        for call in (ours, library) if round_ % 2 else (library, ours):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            if round_:
+                seconds[call].append((time.perf_counter() - start) / repeats)
+    rates = [flops / 1e9 / statistics.median(times) for times in seconds.values()]
+    ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[library], strict=True))
+    return f"{name} {rates[0]:.0f}, {rates[1]:.0f} ({ratio:.2f}x) "
+
+
+if __name__ == "__main__":
+    main()
