@@ -70,8 +70,9 @@ void group_product(const NarrowLinear& p, const Chunk& chunk, int64_t col, float
   const int64_t cols = std::min(kGroup, p.cols - col);
   const W* const weights = static_cast<const W*>(p.weight) + col * p.weight_stride;
   const int64_t row_bytes = p.weight_stride * static_cast<int64_t>(sizeof(W));
-  for (int64_t begin = 0; begin < p.depth; begin += kDepth) {
-    const int64_t depth = std::min(kDepth, p.depth - begin);
+  const int64_t most = block_depth(p.depth);
+  for (int64_t begin = 0; begin < p.depth; begin += most) {
+    const int64_t depth = std::min(most, p.depth - begin);
     const bool last = begin + depth == p.depth;
     const int64_t lines = (lines_of<W>(depth) + chunk.panels - 1) / chunk.panels;
     for (int64_t c = 0; c < cols; c += kStrip) {
@@ -113,15 +114,15 @@ int64_t chunk_panels(int64_t rows) {
 void narrow_linear_cpu(const NarrowLinear& p) {
   check(p.rows >= 0 && p.cols >= 1 && p.depth >= 1,
         "narrow_linear: wanted rows >= 0, at least one column and one element of depth");
-  const int64_t panels = chunk_panels(p.rows), parts = (p.depth + kDepth - 1) / kDepth;
+  const int64_t panels = chunk_panels(p.rows), most = block_depth(p.depth), parts = (p.depth + most - 1) / most;
   const int64_t work = p.rows * p.cols * p.depth;
   for (int64_t first = 0; first < p.rows; first += panels * kPanel) {
     const int64_t rows = std::min(panels * kPanel, p.rows - first);
     const Chunk chunk{first, rows, (rows + kPanel - 1) / kPanel, p.workspace};
     with_type(p.x_type, [&](auto x) {
       for_each_task(chunk.panels * parts, work, 0, [&](int64_t i, float*) {
-        const int64_t begin = i % parts * kDepth;
-        pack<decltype(x)>(p, chunk, i / parts, begin, std::min(p.depth, begin + kDepth));
+        const int64_t begin = i % parts * most;
+        pack<decltype(x)>(p, chunk, i / parts, begin, std::min(p.depth, begin + most));
       });
     });
     with_type(p.weight_type, [&](auto w) {

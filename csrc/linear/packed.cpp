@@ -1,5 +1,5 @@
 // packed.h on the CPU. The result is cut into blocks of rows x kPanels panels of columns, which the threads share out.
-// For each kDepth of the depth a thread copies the block of b into panels, which its second-level cache holds, and then
+// For each piece of the depth a thread copies the block of b into panels, which its second-level cache holds, and then
 // strips of a go past them, a tile for each strip and panel (tile.h). Nothing is shared between threads: a block of b
 // is copied once for each block of rows, which are so many that it does not count.
 #include "linear/packed.h"
@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kPanels = 16;   // a block of them has 393 KB, with registers of 256 bits 197
 constexpr int64_t kMostRows = 528;  // of a block
 constexpr int64_t kCopyRows = 12;  // a block of b is copied in the time in which so many rows are multiplied by it
+
+int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 struct Block {
   int64_t row, rows, col, cols;
@@ -71,11 +73,11 @@ class Strips {
   // What the tile of this strip and panel fetches of the strips that come after.
   Ahead after(int64_t row, int64_t in_group, int64_t panel) const {
     if (!a_.transposed) {
-      const int64_t lines = (lines_of<T>(depth_) + panels_ - 1) / panels_;
+      const int64_t lines = parts_of(lines_of<T>(depth_), panels_);
       const char* const next = reinterpret_cast<const char*>(data_ + (row + kStrip) * a_.stride + k_);
       return {next + panel * lines * kLine, std::min<int64_t>(kStrip, end_ - row - kStrip), bytes(a_.stride), lines};
     }
-    const int64_t tiles = kGroup / kStrip * panels_, each = (depth_ + tiles - 1) / tiles;
+    const int64_t tiles = kGroup / kStrip * panels_, each = parts_of(depth_, tiles);
     const int64_t i = (in_group / kStrip * panels_ + panel) * each, next = row - in_group + kGroup;
     if (next >= end_) return {};
     return {data_ + (k_ + i) * a_.stride + next, std::min(each, depth_ - i), bytes(a_.stride), lines_of<T>(kGroup) + 1};
@@ -139,9 +141,10 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
       over_row(block.cols, [&](auto at, int64_t c, int) { at.store(room.bias + c, at.load(bias + c)); });
     });
   }
-  const int64_t panels = (block.cols + kPanel - 1) / kPanel;
-  for (int64_t k = 0; k < p.depth; k += kDepth) {
-    const int64_t depth = std::min(kDepth, p.depth - k);
+  const int64_t panels = parts_of(block.cols, kPanel);
+  const int64_t most = block_depth(p.depth);
+  for (int64_t k = 0; k < p.depth; k += most) {
+    const int64_t depth = std::min(most, p.depth - k);
     pack<B>(p.b, k, depth, block.col, block.cols, room.panels);
     Strips<A> strips(p.a, k, depth, block, panels, room.strips);
     for (int64_t r = 0; r < block.rows; r += kStrip) {
@@ -168,16 +171,25 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
   });
 }
 
-// Rows of a block: those with which the threads have done soonest, of at least kGroup.
-int64_t block_rows(int64_t rows, int64_t column_blocks, int64_t threads) {
-  int64_t best = 0, least = 0;
-  for (int64_t parts = 1;; ++parts) {
-    const int64_t size = ((rows + parts - 1) / parts + kGroup - 1) / kGroup * kGroup;
-    const int64_t tasks = (rows + size - 1) / size * column_blocks;
-    const int64_t time = (tasks + threads - 1) / threads * (std::min(size, rows) + kCopyRows);
-    if (size <= kMostRows && (best == 0 || time < least)) best = size, least = time;
-    if (size == kGroup) return best;
+// How the result is cut: blocks of so many rows and panels. With those the threads have done soonest.
+struct Cut {
+  int64_t rows, panels;
+};
+
+Cut cut_for(int64_t rows, int64_t all_panels, int64_t threads) {
+  Cut best{};
+  int64_t least = 0;
+  for (int64_t most = kPanels; most >= 2; most /= 2) {
+    const int64_t across = parts_of(all_panels, most), panels = parts_of(all_panels, across);
+    for (int64_t size = kMostRows; size >= kGroup; size -= kGroup) {
+      const int64_t tasks = parts_of(rows, size) * across;
+      // in halves of the time that a panel's row takes: a strip of a that is made ready costs as much as half a panel
+      const int64_t task = std::min(size, rows) * (2 * panels + 1) + 2 * kCopyRows * panels;
+      const int64_t time = parts_of(tasks, threads) * task;
+      if (least == 0 || time < least) best = {size, panels}, least = time;
+    }
   }
+  return best;
 }
 
 }  // namespace
@@ -187,16 +199,15 @@ void packed_product_cpu(const PackedProduct& p) {
   check(!p.accumulate || (p.out_type == DType::f32 && p.bias == nullptr),
         "packed_product: to add to the result, wanted it in float32 and no bias");
   if (p.rows == 0 || p.cols == 0) return;
-  const int64_t panels = (p.cols + kPanel - 1) / kPanel, across = (panels + kPanels - 1) / kPanels;
-  const int64_t columns = (panels + across - 1) / across * kPanel;  // of a block: about equally many
-  const int64_t size = block_rows(p.rows, across, max_threads()), down = (p.rows + size - 1) / size;
-  const int64_t depth = std::min(kDepth, p.depth);
-  const int64_t floats = Room::floats(depth, p.out_type == DType::f32 ? 0 : size);
+  const Cut cut = cut_for(p.rows, parts_of(p.cols, kPanel), max_threads());
+  const int64_t columns = cut.panels * kPanel, across = parts_of(p.cols, columns), down = parts_of(p.rows, cut.rows);
+  const int64_t depth = block_depth(p.depth);
+  const int64_t floats = Room::floats(depth, p.out_type == DType::f32 ? 0 : cut.rows);
   with_type(p.a.type, [&](auto a) {
     with_type(p.b.type, [&](auto b) {
       for_each_task(across * down, p.rows * p.cols * p.depth, floats, [&](int64_t i, float* buffer) {
-        const int64_t row = i % down * size, col = i / down * columns;
-        const Block block{row, std::min(size, p.rows - row), col, std::min(columns, p.cols - col)};
+        const int64_t row = i % down * cut.rows, col = i / down * columns;
+        const Block block{row, std::min(cut.rows, p.rows - row), col, std::min(columns, p.cols - col)};
         block_product<decltype(a), decltype(b)>(p, block, Room(buffer, depth));
       });
     });

@@ -21,9 +21,16 @@ constexpr int kStrip = 6;
 constexpr int kVectors = 2;
 constexpr int64_t kSize = Vec::size, kPanel = kVectors * kSize;
 
-constexpr int64_t kDepth = 192;  // of a block: its sums are as exact as MKL's, and kStrip rows of it are 9 KB
+// The depth of a block: about kDepth, so that its sums are as exact as MKL's, and kStrip rows of it stay in the first-level
+// cache. All blocks have about the same, since each goes through the result once.
+constexpr int64_t kDepth = 192, kMostDepth = kDepth * 3 / 2;
+inline int64_t block_depth(int64_t depth) {
+  const int64_t blocks = std::max<int64_t>(1, (depth + kDepth / 2) / kDepth);
+  return (depth + blocks - 1) / blocks;
+}
+
 constexpr int64_t kGroup = 48;   // rows or columns that are taken together: whole strips, and whole cache lines
-constexpr int64_t kRoomStride = kDepth + 16;
+constexpr int64_t kRoomStride = kMostDepth + 16;
 static_assert(kGroup % kStrip == 0 && kGroup % kSize == 0);
 
 // kStrip rows of a matrix at some depth: element (r, k) at data[r * row + k * step].

@@ -1,4 +1,4 @@
-"""The linear layer through the machine's library, and few rows on the CPU through fastlm._C."""
+"""The linear layer: on the CPU by products.py, elsewhere by PyTorch's library."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def backward(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T + bias by the library, in x's dtype or `dtype`; x (N, C), weight (F, C)."""
+    """x @ weight.T + bias, in x's dtype or `dtype`; x (N, C), weight (F, C)."""
     if x.is_cpu:
         return products.linear(x, weight, bias, dtype)
     product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())

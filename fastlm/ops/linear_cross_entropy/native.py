@@ -1,5 +1,5 @@
-"""linear_cross_entropy on the CPU: matrix products by PyTorch's library, the loss and the gradient of a block of logits
-by the C++ kernel, in place.
+"""linear_cross_entropy on the CPU: matrix products (products.py), the loss and the gradient of a block of logits by the
+C++ kernel, in place.
 
 Rows whose target is ignored are left out before the first product. The logits have x's dtype; where products of half
 precision are made in float32 (`products.py`), so are the logits, and nothing is rounded on the way to the gradients.

@@ -1,4 +1,4 @@
-"""The MLP block on the CPU: matrix products by PyTorch's library, and between them one pass of the C++ kernel.
+"""The MLP block on the CPU: matrix products (products.py), and between them one pass of the C++ kernel.
 
 The rows go through in blocks, so that what is needed for a moment only (the activation, its gradient) is a workspace of
 bounded size, used again and again.
