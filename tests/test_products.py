@@ -244,6 +244,24 @@ def test_infinite_numbers_of_a_packed_product_stay_where_they_are() -> None:
     assert out[49].isnan().all() and (out[:49, 69] == float("inf")).all() and (out[:49, :69] == 200).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("depth", [200, 201])
+@pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=2)), ids=str)
+def test_a_packed_product_reads_nothing_beside_its_operands(
+    dtype: torch.dtype, depth: int, turned: tuple[bool, bool]
+) -> None:
+    """The number that a pair at an odd depth's end would have with it, the columns past a panel's end."""
+    a, b = (
+        torch.full((51, depth + 1), float("nan"), dtype=dtype),
+        torch.full((depth + 1, 36), float("nan"), dtype=dtype),
+    )
+    a, b = (t.t().contiguous().t() if turn else t for t, turn in zip((a, b), turned, strict=True))
+    a, b = a[:50, :depth].fill_(1), b[:depth, :35].fill_(1)
+    out = torch.empty(50, 35)
+    products.packed(a, b, out)
+    assert (out == depth).all()
+
+
 def test_large_products_are_our_own_where_the_library_lags(monkeypatch: pytest.MonkeyPatch) -> None:
     ours: list[tuple[int, ...]] = []
     kernel = products.packed
@@ -266,7 +284,11 @@ def test_large_products_are_our_own_where_the_library_lags(monkeypatch: pytest.M
     products.mm(matrix(512, 256, F32, "gaps"), weight.detach().t(), torch.empty(512, 160))
     products.mm(torch.ones(512, 4096), torch.ones(4096, 8), torch.empty(512, 8))
     products.mm(torch.ones(300, 40), torch.ones(40, 50), torch.empty(300, 50))
+    products.mm(torch.ones(300, 40, dtype=BF16), torch.ones(40, 50, dtype=BF16), torch.empty(300, 50))  # in float32
     assert ours == []
+    monkeypatch.setattr(products, "widens", lambda dtype: dtype == F16)
+    products.mm(torch.ones(300, 40, dtype=BF16), torch.ones(40, 50, dtype=BF16), torch.empty(300, 50))  # by pairs
+    assert ours == [(300, 50)]
 
 
 @pytest.mark.parametrize(("vendor", "lags"), [("GenuineIntel", False), ("AuthenticAMD", True), ("", False)])

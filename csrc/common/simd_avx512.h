@@ -112,9 +112,13 @@ inline __m512i wide_bits(const float* p, __mmask16 n) {
   return _mm512_cvtepu16_epi32(rounded_to_bf16(_mm512_maskz_loadu_ps(n, p)));
 }
 template <class T>
-inline void interleave(const T* first, const T* second, __mmask16 n, Pair* to) {
+inline __m512i pairs_of(const T* first, const T* second, __mmask16 n) {
   const __m512i high = second == nullptr ? _mm512_setzero_si512() : _mm512_slli_epi32(wide_bits(second, n), 16);
-  _mm512_storeu_si512(to, _mm512_or_si512(wide_bits(first, n), high));
+  return _mm512_or_si512(wide_bits(first, n), high);
+}
+template <class T>
+inline void interleave(const T* first, const T* second, __mmask16 n, Pair* to) {
+  _mm512_storeu_si512(to, pairs_of(first, second, n));
 }
 
 #endif

@@ -26,7 +26,7 @@ void pack(const NarrowLinear& p, const Chunk& chunk, int64_t panel, int64_t begi
   for (int64_t v = 0; v < kVectors; ++v) {
     const int64_t row = panel * kPanel + v * kSize, n = std::clamp<int64_t>(chunk.rows - row, 0, kSize);
     const T* const from = static_cast<const T*>(p.x) + (chunk.first + row) * p.x_stride + begin;
-    turn_rows(from, p.x_stride, n, end - begin, to + begin * kPanel + v * kSize, kPanel);
+    turn_rows<Singles>(from, p.x_stride, n, end - begin, to + begin * kPanel + v * kSize, kPanel);
   }
 }
 
@@ -77,7 +77,7 @@ void group_product(const NarrowLinear& p, const Chunk& chunk, int64_t col, float
     const int64_t lines = (lines_of<W>(depth) + chunk.panels - 1) / chunk.panels;
     for (int64_t c = 0; c < cols; c += kStrip) {
       const W* const first = weights + c * p.weight_stride + begin;
-      const Strip strip = strip_of_rows(first, p.weight_stride, std::min<int64_t>(kStrip, cols - c), depth, room);
+      const auto strip = strip_of_rows<Singles>(first, p.weight_stride, std::min<int64_t>(kStrip, cols - c), depth, room);
       for (int64_t panel = 0; panel < chunk.panels; ++panel) {
         const char* const after = reinterpret_cast<const char*>(first + kStrip * p.weight_stride);
         const Ahead next{after + panel * lines * 64, kStrip, row_bytes, lines};
@@ -86,9 +86,9 @@ void group_product(const NarrowLinear& p, const Chunk& chunk, int64_t col, float
         const Square<float> here{sums + (panel * kGroup + c) * kPanel, kPanel};
         const Square<const float> from{begin == 0 ? nullptr : here.data, kPanel};
         if (chunk.rows - panel * kPanel > kSize) {
-          tile<2>(depth, strip, x, from, here, next, result);
+          tile<2, Singles>(depth, strip, x, from, here, next, result);
         } else {
-          tile<1>(depth, strip, x, from, here, next, result);
+          tile<1, Singles>(depth, strip, x, from, here, next, result);
         }
       }
     }

@@ -21,94 +21,106 @@ struct Block {
   int64_t row, rows, col, cols;
 };
 
-// What a thread has for a block.
+// What a thread has for a block: lanes (tile.h) and floats.
 struct Room {
   static constexpr int64_t kStrips = kGroup * kRoomStride, kSquare = kStrip * kPanel, kBias = kPanels * kPanel;
   float *panels, *strips, *square, *bias, *sums;
-  Room(float* buffer, int64_t depth)
-      : panels(buffer), strips(panels + kPanels * kPanel * depth), square(strips + kStrips), bias(square + kSquare),
+  Room(float* buffer, int64_t steps)
+      : panels(buffer), strips(panels + kPanels * kPanel * steps), square(strips + kStrips), bias(square + kSquare),
         sums(bias + kBias) {}
   // `rows`: of sums, where they are not kept in `out`
-  static int64_t floats(int64_t depth, int64_t rows) {
-    return kPanels * kPanel * (depth + rows) + kStrips + kSquare + kBias;
+  static int64_t floats(int64_t steps, int64_t rows) {
+    return kPanels * kPanel * (steps + rows) + kStrips + kSquare + kBias;
   }
 };
 
-// Columns col .. col + cols - 1 of b at depth k .. k + depth - 1, as panels, with zeros past the last column.
-template <class T>
-void pack(const Operand& b, int64_t k, int64_t depth, int64_t col, int64_t cols, float* panels) {
+// A piece of the depth, in elements, and in steps of the tile.
+struct Piece {
+  int64_t begin, depth, steps;
+};
+
+// Columns col .. col + cols - 1 of b in a piece of the depth, as panels, with zeros past the last column.
+template <class N, class T>
+void pack(const Operand& b, const Piece& piece, int64_t col, int64_t cols, float* panels) {
   const T* const data = static_cast<const T*>(b.data);
-  const auto place = [&](int64_t c) { return panels + c / kPanel * kPanel * depth + c % kPanel; };
+  const auto place = [&](int64_t c) { return panels + c / kPanel * kPanel * piece.steps + c % kPanel; };
   if (b.transposed) {
     for (int64_t c = 0; c < cols; c += kSize) {
-      turn_rows(data + (col + c) * b.stride + k, b.stride, std::min(kSize, cols - c), depth, place(c), kPanel);
+      const T* const from = data + (col + c) * b.stride + piece.begin;
+      turn_rows<N>(from, b.stride, std::min(kSize, cols - c), piece.depth, place(c), kPanel);
     }
     return;
   }
-  for (int64_t i = 0; i < depth; ++i) {  // along the rows of b, whose next ones are fetched meanwhile
-    const T* const from = data + (k + i) * b.stride + col;
+  for (int64_t i = 0; i < piece.steps; ++i) {  // along the rows of b, whose next ones are fetched meanwhile
+    const T* const from = data + (piece.begin + i * N::step) * b.stride + col;
+    const T* const second = (i + 1) * N::step <= piece.depth ? from + b.stride : nullptr;
     for (int64_t c = 0; c < cols; c += kSize) {
-      prefetch(from + 4 * b.stride + c);
-      store(place(c) + i * kPanel, c + kSize <= cols ? load(from + c) : load_n(from + c, cols - c));
+      for (int64_t k = 0; k < N::step; ++k) prefetch(from + (4 * N::step + k) * b.stride + c);
+      store(place(c) + i * kPanel, N::lanes(from + c, second == nullptr ? nullptr : second + c, cols - c));
     }
   }
 }
 
-// The rows of a at some depth, kGroup at a time, as strips.
-template <class T>
+// The rows of a in a piece of the depth, kGroup at a time, as strips.
+template <class N, class T>
 class Strips {
  public:
-  Strips(const Operand& a, int64_t k, int64_t depth, const Block& block, int64_t panels, float* room)
-      : a_(a), data_(static_cast<const T*>(a.data)), k_(k), depth_(depth), end_(block.row + block.rows), panels_(panels),
-        room_(room) {}
+  Strips(const Operand& a, const Piece& piece, const Block& block, int64_t panels, float* room)
+      : stride_(a.stride), transposed_(a.transposed), data_(static_cast<const T*>(a.data)), piece_(piece),
+        end_(block.row + block.rows), panels_(panels), room_(room) {}
 
   // The strip that begins at `row`. They are asked for in order, from the block's first row on.
-  Strip at(int64_t row, int64_t in_group) {
+  Strip<N> at(int64_t row, int64_t in_group) {
     const int64_t count = std::min<int64_t>(kStrip, end_ - row);
-    if (!a_.transposed) return strip_of_rows(data_ + row * a_.stride + k_, a_.stride, count, depth_, room_);
+    if (!transposed_) return strip_of_rows<N>(data_ + row * stride_ + piece_.begin, stride_, count, piece_.depth, room_);
     if (in_group == 0) copy_group(row);
-    return {strip(in_group), 1, kStrip};
+    return {reinterpret_cast<const typename N::Element*>(strip(in_group)), N::step, kStrip * N::step};
   }
 
   // What the tile of this strip and panel fetches of the strips that come after.
   Ahead after(int64_t row, int64_t in_group, int64_t panel) const {
-    if (!a_.transposed) {
-      const int64_t lines = parts_of(lines_of<T>(depth_), panels_);
-      const char* const next = reinterpret_cast<const char*>(data_ + (row + kStrip) * a_.stride + k_);
-      return {next + panel * lines * kLine, std::min<int64_t>(kStrip, end_ - row - kStrip), bytes(a_.stride), lines};
+    const int64_t row_bytes = stride_ * static_cast<int64_t>(sizeof(T));
+    if (!transposed_) {
+      const int64_t lines = parts_of(lines_of<T>(piece_.depth), panels_);
+      const char* const next = reinterpret_cast<const char*>(data_ + (row + kStrip) * stride_ + piece_.begin);
+      return {next + panel * lines * kLine, std::min<int64_t>(kStrip, end_ - row - kStrip), row_bytes, lines};
     }
-    const int64_t tiles = kGroup / kStrip * panels_, each = parts_of(depth_, tiles);
+    const int64_t each = parts_of(piece_.depth, kGroup / kStrip * panels_);
     const int64_t i = (in_group / kStrip * panels_ + panel) * each, next = row - in_group + kGroup;
     if (next >= end_) return {};
-    return {data_ + (k_ + i) * a_.stride + next, std::min(each, depth_ - i), bytes(a_.stride), lines_of<T>(kGroup) + 1};
+    const T* const first = data_ + (piece_.begin + i) * stride_ + next;
+    return {first, std::min(each, piece_.depth - i), row_bytes, lines_of<T>(kGroup) + 1};
   }
 
  private:
   // A transposed matrix has a strip's numbers of one depth side by side, and so they lie in the copy. Whole vectors are
-  // copied (stores of less are slow on some processors): the next depth's numbers go over what was too much.
+  // copied (stores of less are slow on some processors): the next step's lanes go over what was too much.
   void copy_group(int64_t row) {
     const int64_t count = std::min(kGroup, end_ - row);
-    for (int64_t i = 0; i < depth_; ++i) {
-      const T* const from = data_ + (k_ + i) * a_.stride + row;
+    for (int64_t i = 0; i < piece_.steps; ++i) {
+      const T* const from = data_ + (piece_.begin + i * N::step) * stride_ + row;
+      const T* const second = (i + 1) * N::step <= piece_.depth ? from + stride_ : nullptr;
       for (int64_t s = 0; s < count; s += kStrip) {
         for (int64_t r = s; r < s + kStrip; r += kSize) {
           const int64_t left = std::max<int64_t>(0, count - r);
-          store(strip(s) + i * kStrip + r - s, left >= kSize ? load(from + r) : load_n(from + r, left));
+          store(strip(s) + i * kStrip + r - s, N::lanes(from + r, second == nullptr ? nullptr : second + r, left));
         }
       }
     }
   }
   float* strip(int64_t in_group) const { return room_ + in_group * kRoomStride; }
-  static int64_t bytes(int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); }
 
-  const Operand& a_;
+  int64_t stride_;
+  bool transposed_;
   const T* data_;
-  int64_t k_, depth_, end_, panels_;
+  Piece piece_;
+  int64_t end_, panels_;
   float* room_;
 };
 
 // A tile, of which `rows` x `cols` numbers are wanted.
-void tile_at(int64_t depth, Strip strip, const float* panel, Square<const float> from, Square<float> to, int64_t rows,
+template <class N>
+void tile_at(int64_t steps, Strip<N> strip, const float* lanes, Square<const float> from, Square<float> to, int64_t rows,
              int64_t cols, float* square, Ahead next) {
   const Ahead result{to.data, rows, to.stride * static_cast<int64_t>(sizeof(float)), lines_of<float>(cols)};
   const bool whole = rows == kStrip && (cols == kPanel || cols == kSize);
@@ -121,16 +133,17 @@ void tile_at(int64_t depth, Strip strip, const float* panel, Square<const float>
       for (int64_t r = 0; r < rows; ++r) std::copy_n(from.data + r * from.stride, cols, square + r * kPanel);
     }
   }
+  const auto* const panel = reinterpret_cast<const typename N::Element*>(lanes);
   if (cols > kSize) {
-    tile<2>(depth, strip, panel, begin, end, next, result);
+    tile<2, N>(steps, strip, panel, begin, end, next, result);
   } else {
-    tile<1>(depth, strip, panel, begin, end, next, result);
+    tile<1, N>(steps, strip, panel, begin, end, next, result);
   }
   if (whole) return;
   for (int64_t r = 0; r < rows; ++r) std::copy_n(square + r * kPanel, cols, to.data + r * to.stride);
 }
 
-template <class A, class B>
+template <class N, class A, class B>
 void block_product(const PackedProduct& p, const Block& block, const Room& room) {
   const bool in_place = p.out_type == DType::f32;
   const Square<float> sums = in_place ? Square<float>{static_cast<float*>(p.out) + block.row * p.out_stride + block.col, p.out_stride}
@@ -142,21 +155,22 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
     });
   }
   const int64_t panels = parts_of(block.cols, kPanel);
-  const int64_t most = block_depth(p.depth);
+  const int64_t most = block_depth(parts_of(p.depth, N::step)) * N::step;
   for (int64_t k = 0; k < p.depth; k += most) {
     const int64_t depth = std::min(most, p.depth - k);
-    pack<B>(p.b, k, depth, block.col, block.cols, room.panels);
-    Strips<A> strips(p.a, k, depth, block, panels, room.strips);
+    const Piece piece{k, depth, parts_of(depth, N::step)};
+    pack<N, B>(p.b, piece, block.col, block.cols, room.panels);
+    Strips<N, A> strips(p.a, piece, block, panels, room.strips);
     for (int64_t r = 0; r < block.rows; r += kStrip) {
       const int64_t in_group = r % kGroup, rows = std::min<int64_t>(kStrip, block.rows - r);
-      const Strip strip = strips.at(block.row + r, in_group);
+      const Strip<N> strip = strips.at(block.row + r, in_group);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t c = panel * kPanel;
         const Square<float> to{sums.data + r * sums.stride + c, sums.stride};
         Square<const float> from{to.data, to.stride};
-        if (k == 0 && !p.accumulate) from = p.bias == nullptr ? Square<const float>{} : Square<const float>{room.bias + c, 0};
-        tile_at(depth, strip, room.panels + c * depth, from, to, rows, std::min(kPanel, block.cols - c), room.square,
-                strips.after(block.row + r, in_group, panel));
+        if (k == 0 && !p.accumulate) from = {p.bias == nullptr ? nullptr : room.bias + c, 0};
+        tile_at(piece.steps, strip, room.panels + c * piece.steps, from, to, rows, std::min(kPanel, block.cols - c),
+                room.square, strips.after(block.row + r, in_group, panel));
       }
     }
   }
@@ -192,6 +206,19 @@ Cut cut_for(int64_t rows, int64_t all_panels, int64_t threads) {
   return best;
 }
 
+template <class N, class A, class B>
+void product(const PackedProduct& p) {
+  const Cut cut = cut_for(p.rows, parts_of(p.cols, kPanel), max_threads());
+  const int64_t columns = cut.panels * kPanel, across = parts_of(p.cols, columns), down = parts_of(p.rows, cut.rows);
+  const int64_t steps = block_depth(parts_of(p.depth, N::step));
+  const int64_t floats = Room::floats(steps, p.out_type == DType::f32 ? 0 : cut.rows);
+  for_each_task(across * down, p.rows * p.cols * p.depth, floats, [&](int64_t i, float* buffer) {
+    const int64_t row = i % down * cut.rows, col = i / down * columns;
+    const Block block{row, std::min(cut.rows, p.rows - row), col, std::min(columns, p.cols - col)};
+    block_product<N, A, B>(p, block, Room(buffer, steps));
+  });
+}
+
 }  // namespace
 
 void packed_product_cpu(const PackedProduct& p) {
@@ -199,21 +226,14 @@ void packed_product_cpu(const PackedProduct& p) {
   check(!p.accumulate || (p.out_type == DType::f32 && p.bias == nullptr),
         "packed_product: to add to the result, wanted it in float32 and no bias");
   if (p.rows == 0 || p.cols == 0) return;
-  const Cut cut = cut_for(p.rows, parts_of(p.cols, kPanel), max_threads());
-  const int64_t columns = cut.panels * kPanel, across = parts_of(p.cols, columns), down = parts_of(p.rows, cut.rows);
-  const int64_t depth = block_depth(p.depth);
-  const int64_t floats = Room::floats(depth, p.out_type == DType::f32 ? 0 : cut.rows);
+#if defined(FASTLM_PAIRS_OF_BF16)
+  if (p.a.type == DType::bf16 && p.b.type == DType::bf16) return product<Pairs, bf16, bf16>(p);
+#endif
   with_type(p.a.type, [&](auto a) {
-    with_type(p.b.type, [&](auto b) {
-      for_each_task(across * down, p.rows * p.cols * p.depth, floats, [&](int64_t i, float* buffer) {
-        const int64_t row = i % down * cut.rows, col = i / down * columns;
-        const Block block{row, std::min(cut.rows, p.rows - row), col, std::min(columns, p.cols - col)};
-        block_product<decltype(a), decltype(b)>(p, block, Room(buffer, depth));
-      });
-    });
+    with_type(p.b.type, [&](auto b) { product<Singles, decltype(a), decltype(b)>(p); });
   });
 }
 
 }  // namespace fastlm::FASTLM_ISA
 
-FASTLM_DISPATCH(packed_product_cpu, (const PackedProduct& p), (p))
+FASTLM_DISPATCH_BF16(packed_product_cpu, (const PackedProduct& p), (p))

@@ -1,7 +1,8 @@
 // out = a b + bias, or out += a b, of any sizes: a (rows, depth), b (depth, cols), out (rows, cols), bias (cols).
 //
 // Blocks of b are copied into the order in which the tile reads them, as a library does. It is used where the library
-// that torch brings does not reach the processor's rate: MKL on AMD's processors (docs/cpu.md).
+// that torch brings does not reach the processor's rate: MKL on AMD's processors (docs/cpu.md). Sums are float, of bf16
+// numbers two by two where the processor can.
 #pragma once
 #include "common/dtype.h"
 
@@ -20,7 +21,7 @@ struct PackedProduct {
   const void* bias;  // of `bias_type`; null: none
   void* out;         // rows `out_stride` elements apart
   int64_t rows, cols, depth, out_stride;
-  DType bias_type, out_type;  // sums are float
+  DType bias_type, out_type;
   bool accumulate;            // add to `out`, which is float then; without a bias
 };
 

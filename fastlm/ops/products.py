@@ -1,6 +1,6 @@
 """Matrix products on the CPU: PyTorch's library in the way that is fastest on this processor, and our own kernels
 (csrc/linear): for a layer's weights and so few rows that the library's copies of the weights cost more than they bring,
-and for large float32 products where the library is MKL and the processor AMD's.
+and for large products where the library is MKL and the processor AMD's.
 
 Few processors can multiply numbers of 16 bits. On the others the library's products of bfloat16 reach a quarter of
 float32's rate and those of float16 a twelfth (1024 x 768 x 3072 on two cores of a Cascade Lake Xeon: 100 and 273 ms;
@@ -37,8 +37,9 @@ NARROW_ROWS = 256
 _NARROW_WEIGHTS = 1 << 19
 
 # Products of so many multiply-adds, and no side of the result shorter than that, are our own where the library lags
-# (csrc/linear/packed.cpp): two cores of a Zen 4 EPYC make 205 GFLOP/s of 227 in float32, MKL 120 to 190. Smaller ones
-# lie in the caches, and the library is as fast (python -m benchmarks.large_products).
+# (csrc/linear/packed.cpp; python -m benchmarks.large_products). Two cores of a Zen 4 EPYC make 205 GFLOP/s of 227 in
+# float32, MKL 120 to 190; smaller float32 products lie in the caches, and MKL is as fast. In bfloat16 oneDNN is as fast
+# where products are large, and takes 1.1 to 6 times as long where they are small, or added up in float32.
 PACKED_WORK = 16 << 20
 _PACKED_SIDE = 16
 
@@ -111,19 +112,25 @@ def library_lags() -> bool:
 
 def slow_library(dtype: torch.dtype, work: int) -> bool:
     """Whether products of this dtype, of `work` multiply-adds, are better left to `mm` than to PyTorch."""
-    return widens(dtype) or (dtype == torch.float32 and work >= PACKED_WORK and library_lags())
+    return widens(dtype) or (library_lags() and work >= _least_work(dtype))
+
+
+def _least_work(dtype: torch.dtype) -> int:
+    """Of a product of this dtype, made of floats or of pairs of bfloat16, for csrc/linear/packed.cpp."""
+    return 0 if dtype == torch.bfloat16 and not widens(dtype) else PACKED_WORK
 
 
 def _large(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
     """Whether out = a @ b + bias is for csrc/linear/packed.cpp."""
-    rows, cols = out.shape
-    if rows * cols * a.shape[1] < PACKED_WORK or min(rows, cols) < _PACKED_SIDE:
+    (rows, cols), depth = out.shape, a.shape[1]
+    least = _least_work(a.dtype) if a.dtype == b.dtype else PACKED_WORK
+    if not depth or rows * cols * depth < least or min(rows, cols) < _PACKED_SIDE:
         return False
     if out.stride(1) != 1 or any(1 not in t.stride() for t in (a, b)):
         return False
     if bias is not None and (bias.dtype != b.dtype or bias.stride(0) != 1):
         return False
-    return all(t.dtype == torch.float32 or widens(t.dtype) for t in (a, b))
+    return torch.float16 not in (a.dtype, b.dtype) or widens(torch.float16)
 
 
 def _few_rows(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
