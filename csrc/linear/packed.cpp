@@ -143,6 +143,18 @@ void tile_at(int64_t steps, Strip<N> strip, const float* lanes, Square<const flo
   for (int64_t r = 0; r < rows; ++r) std::copy_n(square + r * kPanel, cols, to.data + r * to.stride);
 }
 
+// Rows of the block's sums, which are still in the cache, into `out`.
+void round_rows(const PackedProduct& p, const Block& block, Square<float> sums, int64_t begin, int64_t rows) {
+  with_type(p.out_type, [&](auto type) {
+    auto* const out = static_cast<decltype(type)*>(p.out) + block.row * p.out_stride + block.col;
+    for (int64_t r = begin; r < begin + rows; ++r) {
+      over_row(block.cols, [&](auto at, int64_t c, int) {
+        at.store(out + r * p.out_stride + c, at.load(sums.data + r * sums.stride + c));
+      });
+    }
+  });
+}
+
 template <class N, class A, class B>
 void block_product(const PackedProduct& p, const Block& block, const Room& room) {
   const bool in_place = p.out_type == DType::f32;
@@ -172,17 +184,9 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
         tile_at(piece.steps, strip, room.panels + c * piece.steps, from, to, rows, std::min(kPanel, block.cols - c),
                 room.square, strips.after(block.row + r, in_group, panel));
       }
+      if (!in_place && k + depth == p.depth) round_rows(p, block, sums, r, rows);
     }
   }
-  if (in_place) return;
-  with_type(p.out_type, [&](auto type) {
-    auto* const out = static_cast<decltype(type)*>(p.out) + block.row * p.out_stride + block.col;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      over_row(block.cols, [&](auto at, int64_t c, int) {
-        at.store(out + r * p.out_stride + c, at.load(sums.data + r * sums.stride + c));
-      });
-    }
-  });
 }
 
 // How the result is cut: blocks of so many rows and panels. With those the threads have done soonest.

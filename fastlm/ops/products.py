@@ -43,6 +43,10 @@ _NARROW_WEIGHTS = 1 << 19
 PACKED_WORK = 16 << 20
 _PACKED_SIDE = 16
 
+# With less depth than this the time is that of writing the result, unless it is so small that it lies in a cache.
+_PACKED_DEPTH = 64
+_SMALL_RESULT = 1 << 16  # elements
+
 # With a side shorter than this, converting the other matrices takes longer than the library's product.
 _SHORTEST_SIDE = 8
 
@@ -124,7 +128,9 @@ def _large(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> bool:
     """Whether out = a @ b + bias is for csrc/linear/packed.cpp."""
     (rows, cols), depth = out.shape, a.shape[1]
     least = _least_work(a.dtype) if a.dtype == b.dtype else PACKED_WORK
-    if not depth or rows * cols * depth < least or min(rows, cols) < _PACKED_SIDE:
+    if rows * cols * depth < least or min(rows, cols, depth) < _PACKED_SIDE:
+        return False
+    if depth < _PACKED_DEPTH and rows * cols > _SMALL_RESULT:
         return False
     if out.stride(1) != 1 or any(1 not in t.stride() for t in (a, b)):
         return False
