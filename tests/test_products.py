@@ -291,6 +291,13 @@ def test_large_products_are_our_own_where_the_library_lags(monkeypatch: pytest.M
     assert ours == [(300, 50)]
 
 
+def test_float64_layers_stay_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can be differentiated twice."""
+    monkeypatch.setattr(products, "library_lags", lambda: True)
+    x, weight = matrix(512, 512, torch.float64).requires_grad_(), matrix(300, 512, torch.float64).requires_grad_()
+    assert linear(x, weight).grad_fn.name().removesuffix("0") in ("MmBackward", "AddmmBackward")  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(("vendor", "lags"), [("GenuineIntel", False), ("AuthenticAMD", True), ("", False)])
 def test_the_library_lags_on_amds_processors_alone(vendor: str, lags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

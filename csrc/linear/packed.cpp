@@ -11,9 +11,9 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPanels = 16;   // a block of them has 393 KB, with registers of 256 bits 197
+constexpr int64_t kPanels = 16;     // of a block at the most: 393 KB at a depth of 192, with registers of 256 bits 197
 constexpr int64_t kMostRows = 528;  // of a block
-constexpr int64_t kCopyRows = 12;  // a block of b is copied in the time in which so many rows are multiplied by it
+constexpr int64_t kCopyRows = 12;   // a block of b is copied in the time in which so many rows are multiplied by it
 
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -143,8 +143,8 @@ void tile_at(int64_t steps, Strip<N> strip, const float* lanes, Square<const flo
   for (int64_t r = 0; r < rows; ++r) std::copy_n(square + r * kPanel, cols, to.data + r * to.stride);
 }
 
-// Rows of the block's sums, which are still in the cache, into `out`.
-void round_rows(const PackedProduct& p, const Block& block, Square<float> sums, int64_t begin, int64_t rows) {
+// Rows of the block's sums, which are still in the cache, into `out`, rounded.
+void store_rows(const PackedProduct& p, const Block& block, Square<float> sums, int64_t begin, int64_t rows) {
   with_type(p.out_type, [&](auto type) {
     auto* const out = static_cast<decltype(type)*>(p.out) + block.row * p.out_stride + block.col;
     for (int64_t r = begin; r < begin + rows; ++r) {
@@ -158,8 +158,8 @@ void round_rows(const PackedProduct& p, const Block& block, Square<float> sums, 
 template <class N, class A, class B>
 void block_product(const PackedProduct& p, const Block& block, const Room& room) {
   const bool in_place = p.out_type == DType::f32;
-  const Square<float> sums = in_place ? Square<float>{static_cast<float*>(p.out) + block.row * p.out_stride + block.col, p.out_stride}
-                                      : Square<float>{room.sums, kPanels * kPanel};
+  Square<float> sums{room.sums, kPanels * kPanel};
+  if (in_place) sums = {static_cast<float*>(p.out) + block.row * p.out_stride + block.col, p.out_stride};
   if (p.bias != nullptr) {
     with_type(p.bias_type, [&](auto type) {
       const auto* const bias = static_cast<const decltype(type)*>(p.bias) + block.col;
@@ -184,7 +184,7 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
         tile_at(piece.steps, strip, room.panels + c * piece.steps, from, to, rows, std::min(kPanel, block.cols - c),
                 room.square, strips.after(block.row + r, in_group, panel));
       }
-      if (!in_place && k + depth == p.depth) round_rows(p, block, sums, r, rows);
+      if (!in_place && k + depth == p.depth) store_rows(p, block, sums, r, rows);
     }
   }
 }

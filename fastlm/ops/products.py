@@ -116,7 +116,8 @@ def library_lags() -> bool:
 
 def slow_library(dtype: torch.dtype, work: int) -> bool:
     """Whether products of this dtype, of `work` multiply-adds, are better left to `mm` than to PyTorch."""
-    return widens(dtype) or (library_lags() and work >= _least_work(dtype))
+    ours = dtype in (torch.float32, torch.bfloat16) and work >= _least_work(dtype)
+    return widens(dtype) or (ours and library_lags())
 
 
 def _least_work(dtype: torch.dtype) -> int:
