@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastlm.bench.timing import interleave
 from fastlm.ops import memory, products
 
 # (rows, depth, columns)
@@ -66,19 +65,11 @@ def _compare(name: str, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: b
         else:
             torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
+    results = interleave({"ours": ours, "library": library}, rounds)
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    repeats = max(1, round(5e8 / flops))
-    seconds: dict[Callable[[], None], list[float]] = {ours: [], library: []}
-    for round_ in range(rounds + 1):  # the first is not counted
-        for call in (ours, library) if round_ % 2 else (library, ours):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if round_:
-                seconds[call].append((time.perf_counter() - start) / repeats)
-    rates = [flops / 1e9 / statistics.median(times) for times in seconds.values()]
-    ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[library], strict=True))
-    return f"{name} {rates[0]:.0f}, {rates[1]:.0f} ({ratio:.2f}x) "
+    rates = [flops / 1e9 / statistics.median(result.seconds) for result in results.values()]
+    pairs = zip(results["ours"].seconds, results["library"].seconds, strict=True)
+    return f"{name} {rates[0]:.0f}, {rates[1]:.0f} ({statistics.median(theirs / own for own, theirs in pairs):.2f}x) "
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ NARROW_ROWS = 256
 _NARROW_WEIGHTS = 1 << 19
 
 # Products of so many multiply-adds, and no side of the result shorter than that, are our own where the library lags
-# (csrc/linear/packed.cpp; python -m benchmarks.large_products). Two cores of a Zen 4 EPYC make 205 GFLOP/s of 227 in
-# float32, MKL 120 to 190; smaller float32 products lie in the caches, and MKL is as fast. In bfloat16 oneDNN is as fast
-# where products are large, and takes 1.1 to 6 times as long where they are small, or added up in float32.
+# (csrc/linear/packed.cpp; python -m benchmarks.large_products). Two cores of a Zen 4 EPYC make 176 to 210 GFLOP/s in
+# float32, 155 to 194 by MKL; smaller float32 products lie in the caches, and MKL is as fast. In bfloat16 oneDNN is as
+# fast where products are large, and takes longer where they are small, or added up in float32: those are ours of any
+# size.
 PACKED_WORK = 16 << 20
 _PACKED_SIDE = 16
 
@@ -109,8 +110,8 @@ def widens(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def library_lags() -> bool:
-    """Whether the library's float32 products stay behind the processor: MKL's on AMD's with AVX2 or more. Elsewhere our
-    kernel was not measured beside the library, or is not faster."""
+    """Whether csrc/linear/packed.cpp is at least as fast as the library: beside torch with MKL on AMD's processors with
+    AVX2 or more. Elsewhere it was not measured, or is not faster."""
     return _has_wide_registers() and torch.backends.mkl.is_available() and mkl.processor() == "AuthenticAMD"
 
 

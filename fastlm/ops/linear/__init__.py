@@ -1,8 +1,8 @@
 """A linear layer: x @ weight.T + bias.
 
 Large products belong to the machine's library (cuBLAS, oneDNN, MKL), through torch. What is ours: on the CPU up to 256
-rows, those of decoding and of a prompt, are multiplied by kernels that read the weights where they lie, large float32
-products on AMD's processors by one that is faster than MKL there, and large results come from kept memory; on a GPU the
+rows, those of decoding and of a prompt, are multiplied by kernels that read the weights where they lie, large ones on
+AMD's processors by one that is faster than the library there, and large results come from kept memory; on a GPU the
 bias gradient is summed at the speed of memory.
 """
 
