@@ -69,7 +69,7 @@ class Ninja:
             f"rule cxx\n  command = {_quote(base)} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {_quote(shlex.split(compiler()))} $flags $in -o $out $libraries",
-            "rule weaken\n  command = objcopy --weaken $in $out",
+            "rule weaken\n  command = objcopy --wildcard --weaken-symbol='_ZN*6fastlm*' $in $out",
         ]
         self.made: set[Path] = set()
 
@@ -97,7 +97,7 @@ class Ninja:
         return self._edge(target, "link", [*self.runtime(), *objects], flags=SANITIZERS[flavour])
 
     def weakened(self, target: Path) -> Path:
-        """The object with every symbol weak: functions that nobody defines become null instead of an error."""
+        """The object with fastlm's symbols weak: functions of ours that nobody defines become null instead of an error."""
         return self._edge(target.with_suffix(".weak.o"), "weaken", [target])
 
     def run(self) -> None:
