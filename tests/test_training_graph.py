@@ -66,6 +66,7 @@ class Training:
         if device == "cpu":
             monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
             monkeypatch.setattr(graphs, "record", self.record)
+            monkeypatch.setattr(graphs, "possible", lambda device: True)
 
     def record(self, function: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[StandIn, Tensor]:
         graph = StandIn(function, self.parameters)
@@ -115,6 +116,25 @@ def test_gradients_that_are_not_the_graphs_are_added_to(device: str, monkeypatch
     for grad, p in zip(found, training.parameters, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(grad, p.grad + 1, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_on_a_cpu_every_pass_is_direct() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    calls = []
+
+    def compute(x: Tensor) -> Tensor:
+        calls.append(x)
+        loss = (weight * x).sum()
+        loss.backward()
+        return loss
+
+    run = RecordedPass(compute, [weight])
+    for step in range(WARM_UP + 2):
+        loss = run(torch.full((2,), float(step)))
+        assert loss.item() == 2 * step and not loss.requires_grad
+    assert len(calls) == WARM_UP + 2 and weight.grad is not None
+    assert weight.grad.tolist() == [sum(range(WARM_UP + 2))] * 2
 
 
 @pytest.mark.filterwarnings("error")

@@ -93,11 +93,12 @@ def _run(
         left = _matrix(a.contiguous())
     bias = None if bias is None else bias.contiguous()
     tensors = left.tensor, right.tensor, bias, scale, out, pre, hidden, dbias
+    wide = out if dbias is None else dbias
     call = (
-        [pointer(t) for t in tensors],
-        [len(a), len(b), a.shape[1], left.stride, right.stride, out.stride(0)],
+        [0 if t is None else t.data_ptr() for t in tensors],
+        [*a.shape[:1], *b.shape, left.stride, right.stride, out.stride(0)],
         [left.transposed, right.transposed, accumulate],
-        [kind, activation, *(DTYPE_CODE[t.dtype] for t in (a, out, out if dbias is None else dbias))],
+        [kind, activation, DTYPE_CODE[a.dtype], DTYPE_CODE[out.dtype], DTYPE_CODE[wide.dtype]],
     )
     device = native.gemm_device(a)
     size = native.C.gemm_workspace(*call, *device)

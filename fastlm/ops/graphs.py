@@ -10,6 +10,11 @@ import torch
 Result = TypeVar("Result")
 
 
+def possible(device: torch.device) -> bool:
+    """Whether what runs on the device can be recorded."""
+    return device.type == "cuda"
+
+
 def record(
     function: Callable[[], Result], device: torch.device, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:

@@ -22,9 +22,24 @@ WARM_UP = 3  # passes before the recording: kernels are loaded, libraries choose
 class RecordedPass:
     """Calls `compute`, or replays what it did before.
 
+    >>> def compute(idx, targets):
+    ...     with torch.autocast("cuda", torch.bfloat16):
+    ...         _, loss = model(idx, targets)
+    ...     loss.backward()
+    ...     return loss
+    >>> run = RecordedPass(compute, model.parameters())
+    >>> for idx, targets in batches:
+    ...     optimizer.zero_grad()
+    ...     loss = run(idx, targets)
+    ...     optimizer.step()
+
     There are two graphs: one makes the gradients anew, the other adds to them (gradient accumulation). Batches of
     another shape than the first, and parameters whose gradients are others than the graph's, take the direct way; where
-    no graph can be recorded (there is not memory enough, say), everything does, and a warning says why.
+    no graph can be recorded (there is not memory enough, say), everything does, and a warning says why. On a CPU there
+    is nothing to record: every pass is direct.
+
+    What `compute` did is repeated as it was: after a change of the model (frozen parameters, another dropout rate,
+    evaluation mode) make a new one.
 
     Args:
         compute: from a batch's tensors to the loss, the backward pass included; it must wait for nothing on the GPU.
@@ -40,7 +55,7 @@ class RecordedPass:
         self._graphs: dict[bool, tuple[Any, Tensor]] = {}  # with the loss, by whether the gradients are made anew
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        """The loss, detached. The gradients are added to the parameters'."""
+        """The loss, detached, which the next replay writes over. The gradients are added to the parameters'."""
         anew = all(p.grad is None for p in self.parameters)
         if not self._replayable(anew, batch):
             self._direct_passes -= 1
@@ -64,7 +79,7 @@ class RecordedPass:
         return loss
 
     def _replayable(self, anew: bool, batch: tuple[Tensor, ...]) -> bool:
-        if self._direct_passes > 0:
+        if self._direct_passes > 0 or not graphs.possible(batch[0].device):
             return False
         if not self._graphs:
             return anew

@@ -103,7 +103,7 @@ def attention(
     rng_state = philox.draw_state(q.device) if dropout_p > 0 else None
     arguments = (q, k, v, alibi_slopes, cu_seqlens, rng_state, *options, backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(*arguments)
+        out, lse = _apply(*arguments)
     else:
         out, lse = _forward(*arguments)
     return (out, lse) if return_lse else out
@@ -223,6 +223,9 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return None, None, None, *nothing
         return *_backward(dout, dlse, *ctx.saved_tensors, *ctx.options), *nothing
+
+
+_apply = library.apply_of(_Attention)
 
 
 def _forward_impl(q, k, v, alibi_slopes, cu_seqlens, rng_state, *options):

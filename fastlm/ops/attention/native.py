@@ -103,11 +103,10 @@ def _rows(t: Tensor) -> Tensor:
         return t if t.stride(3) == 1 else t.contiguous()
     if t.shape[3] % 8:
         return F.pad(t, (0, -t.shape[3] % 8))  # zeros change no score
-    size = t.element_size()
-    aligned = t.data_ptr() % 16 == 0 and all(
-        n == 1 or s * size % 16 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)
-    )
-    return t if aligned and t.stride(3) == 1 else t.clone(memory_format=torch.contiguous_format)
+    (b, n, h, _), (of_b, of_n, of_h, of_d), size = t.shape, t.stride(), t.element_size()
+    steps = (of_b if b != 1 else 0) | (of_n if n != 1 else 0) | (of_h if h != 1 else 0)
+    aligned = (t.data_ptr() | steps * size) % 16 == 0  # powers of two: all are multiples of 16 where their OR is
+    return t if aligned and of_d == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _narrowed(t: Tensor, width: int) -> Tensor:

@@ -62,7 +62,7 @@ def attention_qkvpacked(
     rng_state = philox.draw_state(qkv.device) if dropout_p > 0 else None
     arguments = (q, k, v, alibi_slopes, cu_seqlens, rng_state, *options, backend)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _AttentionQKVPacked.apply(qkv, *arguments)
+        return _apply(qkv, *arguments)
     return _forward(*arguments)[0]
 
 
@@ -118,6 +118,9 @@ class _AttentionQKVPacked(torch.autograd.Function):
         qkv, *saved = ctx.saved_tensors
         dqkv = _backward(dout, qkv, *ctx.heads, *saved, *ctx.options)
         return dqkv, *(None,) * (6 + len(ctx.options))
+
+
+_apply = library.apply_of(_AttentionQKVPacked)
 
 
 def _backward_impl(dout, qkv, n_head, n_kv_head, *arguments):

@@ -31,7 +31,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return lookup(ids, weight), weight
     call = _prepare(ids, weight)
-    return _TiedEmbedding.apply(ids, weight, registry.choose("embedding", weight.device.type, call))
+    return _apply(ids, weight, registry.choose("embedding", weight.device.type, call))
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -53,6 +53,9 @@ class _TiedEmbedding(torch.autograd.Function):
         if library.graph_is_kept() or not dhead.is_contiguous():  # it may be wanted again, or be one number, expanded
             dhead = dhead.clone(memory_format=torch.contiguous_format)
         return None, _add_rows(dhead, dy, ids, ctx.backend), None
+
+
+_apply = library.apply_of(_TiedEmbedding)
 
 
 def _add_rows(dweight: Tensor, dy: Tensor, ids: Tensor, backend: str) -> Tensor:

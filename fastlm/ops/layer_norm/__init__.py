@@ -113,11 +113,11 @@ def _run(
     if compiled.takes_tensors():
         results = compiled.C.layer_norm_forward_torch(x, weight, bias, residual, eps, rms, recorded)
         if results is not None:
-            return _record(x, weight, bias, residual, (eps, rms, "cpu", results)) if recorded else results
+            return _apply(x, weight, bias, residual, (eps, rms, "cpu", results)) if recorded else results
     call = _prepare(op, x, weight, bias, eps, residual, rms)
     backend = registry.choose(op, x.device.type, call)
     if recorded:
-        return _LayerNorm.apply(x, weight, bias, residual, (eps, rms, backend, None))
+        return _apply(x, weight, bias, residual, (eps, rms, backend, None))
     y, h, _ = _forward(*call, backend)
     return y if residual is None else (y, h)
 
@@ -154,7 +154,7 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dweight, dbias if has_bias else None, dresidual, None
 
 
-_record = library.apply_of(_LayerNorm)
+_apply = library.apply_of(_LayerNorm)
 
 
 def _forward_impl(x, weight, bias, residual, eps, rms, backend):

@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     backend = registry.choose("linear", x.device.type, call)
     tensors = x, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Linear.apply(*tensors, *gradients.others(tensors, call), backend)
+        return _apply(*tensors, *gradients.others(tensors, call), backend)
     return _forward(*call, backend)
 
 
@@ -58,10 +58,9 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
         raise ValueError(f"linear: weight must not be empty, got shape {tuple(weight.shape)}")
     if x.dtype not in checks.FLOATS:
         checks.floating("linear", x=x)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            checks.same_device("linear", "x", x, **{name: t})
-            checks.same_dtype("linear", "x", x, **{name: t})
+    if not checks.alike(x, weight, bias):
+        checks.same_device("linear", "x", x, weight=weight, bias=bias)
+        checks.same_dtype("linear", "x", x, weight=weight, bias=bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.shape("linear", "bias", bias, (weight.shape[0],), "(F)")
     return x, weight, bias
@@ -86,6 +85,9 @@ class _Linear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         made = _backward(dy, x, weight, needs, ctx.gradient_dtype, ctx.backend)
         return (*gradients.given_back(ctx.dtypes, made, needs), None, None, None, None)
+
+
+_apply = library.apply_of(_Linear)
 
 
 def _forward_impl(x, weight, bias, backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import memory, native
+from fastlm.ops import native
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.gradients import weight_gradient
 from fastlm.ops.linear.native import unsupported
@@ -15,10 +15,12 @@ __all__ = ["backward", "column_sums", "forward", "unsupported"]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    y = x.new_empty((*x.shape[:-1], wide))
+    flat = y.view(rows.shape[0], wide)
     with autocast_off(x):
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return memory.reshaped(y, *x.shape[:-1], len(weight))
+        torch.mm(rows, weight.t(), out=flat) if bias is None else torch.addmm(bias, rows, weight.t(), out=flat)
+    return y
 
 
 def backward(

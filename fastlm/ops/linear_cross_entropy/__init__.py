@@ -67,7 +67,7 @@ def linear_cross_entropy(
     )
     backend = registry.choose("linear_cross_entropy", x.device.type, call)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(x, weight, *call, backend)
+        return _apply(x, weight, *call, backend)
     return _forward(*call, [False, False], backend)[0]
 
 
@@ -142,6 +142,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradients = [g.mul_(dloss) if in_place else g * dloss for g in gradients]
         given = [g.to(dtype) if need else None for g, dtype, need in zip(gradients, ctx.dtypes, needs, strict=True)]
         return (*given, *[None] * 9)
+
+
+_apply = library.apply_of(_LinearCrossEntropy)
 
 
 def _forward_impl(x, weight, targets, reduction, ignore_index, label_smoothing, z_loss, softcap, needs, backend):

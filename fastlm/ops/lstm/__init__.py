@@ -60,7 +60,7 @@ def _prepare(gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor) -> tuple:
 def _run(gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     backend = registry.choose("lstm", gates.device.type, (gates, h0, c0, weight))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gates, h0, c0, weight)):
-        return _Lstm.apply(gates, h0, c0, weight, backend)
+        return _apply(gates, h0, c0, weight, backend)
     y, cells, _ = _forward(gates, h0, c0, weight, backend)
     return y, cells[:, -1].to(gates.dtype)
 
@@ -81,6 +81,9 @@ class _Lstm(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(y)
         return (*_backward(dy, dc, h0, c0, weight, y, cells, activations, ctx.backend), None)
+
+
+_apply = library.apply_of(_Lstm)
 
 
 def _forward_impl(gates, h0, c0, weight, backend):

@@ -41,7 +41,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     backend = registry.choose("linear_act", x.device.type, call)
     tensors = x, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _LinearAct.apply(*tensors, *gradients.others(tensors, call[:3]), activation, backend)
+        return _apply_linear_act(*tensors, *gradients.others(tensors, call[:3]), activation, backend)
     return _linear_act_forward(*call, False, backend)[0]
 
 
@@ -72,12 +72,12 @@ def mlp(
     backend = registry.choose("mlp", x.device.type, call)
     tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _MLP.apply(*tensors, *gradients.others(tensors, call[:5]), activation, backend)
+        return _apply_mlp(*tensors, *gradients.others(tensors, call[:5]), activation, backend)
     return _mlp_forward(*call, False, backend)[0]
 
 
 def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, gated: bool) -> None:
-    """The contract of x @ weight.T + bias."""
+    """The contract of x @ weight.T + bias. Plain conditions stand in front of the checks that word the errors."""
     name, bias_name = f"{prefix}weight", f"{prefix}bias"
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
@@ -90,12 +90,13 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefi
         raise ValueError(f"{op}: {name} must not be empty, got shape {tuple(weight.shape)}")
     if gated and weight.shape[0] % 2:
         raise ValueError(f"{op}: {name} of a gated activation must have an even number of rows, got {weight.shape[0]}")
-    if bias is not None:
+    if bias is not None and bias.shape != weight.shape[:1]:
         checks.shape(op, bias_name, bias, (weight.shape[0],), "(2F)" if gated else "(F)")
-    tensors = {name: weight, bias_name: bias}
-    checks.floating(op, x=x, **tensors)
-    checks.same_device(op, "x", x, **tensors)
-    checks.same_dtype(op, "x", x, **tensors)
+    if x.dtype not in checks.FLOATS or not checks.alike(x, weight, bias):
+        tensors = {name: weight, bias_name: bias}
+        checks.floating(op, x=x, **tensors)
+        checks.same_device(op, "x", x, **tensors)
+        checks.same_dtype(op, "x", x, **tensors)
 
 
 def _check_activation(op: str, activation: str) -> bool:
@@ -137,10 +138,11 @@ def _prepare_mlp(
         )
     if proj_weight.shape[0] == 0:
         raise ValueError(f"mlp: proj_weight must not be empty, got shape {tuple(proj_weight.shape)}")
-    if proj_bias is not None:
+    if proj_bias is not None and proj_bias.shape != proj_weight.shape[:1]:
         checks.shape("mlp", "proj_bias", proj_bias, (proj_weight.shape[0],), "(C_out)")
-    checks.same_device("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
-    checks.same_dtype("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
+    if not checks.alike(x, proj_weight, proj_bias):
+        checks.same_device("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
+        checks.same_dtype("mlp", "x", x, proj_weight=proj_weight, proj_bias=proj_bias)
     return x, fc_weight, fc_bias, proj_weight, proj_bias, activation
 
 
@@ -167,6 +169,9 @@ class _LinearAct(torch.autograd.Function):
         return (*gradients.given_back(ctx.dtypes, made, needs), *[None] * 5)
 
 
+_apply_linear_act = library.apply_of(_LinearAct)
+
+
 class _MLP(torch.autograd.Function):
     """As _LinearAct, of five."""
 
@@ -189,6 +194,9 @@ class _MLP(torch.autograd.Function):
         options = ctx.activation, needs, ctx.gradient_dtype, ctx.backend
         made = _mlp_backward(dy, x, fc_weight, proj_weight, pre, *options)
         return (*gradients.given_back(ctx.dtypes, made, needs), *[None] * 7)
+
+
+_apply_mlp = library.apply_of(_MLP)
 
 
 def _linear_act_forward_impl(x, weight, bias, activation, keep, backend):

@@ -26,12 +26,12 @@ _FEW_ROWS = 64
 def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    rows, wide = x.reshape(-1, x.shape[-1]), len(weight)  # (N, C)
-    if x.is_cuda and len(rows) <= _FEW_ROWS and not keep and x.dtype != torch.float32:
+    rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]  # (N, C)
+    if x.is_cuda and rows.shape[0] <= _FEW_ROWS and not keep and x.dtype != torch.float32:
         return reference.linear_act_forward(x, weight, bias, activation, keep)
     hidden = x.new_empty((*x.shape[:-1], wide // 2 if activation in GATED else wide))
     pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
-    flat = hidden.view(len(rows), hidden.shape[-1])
+    flat = hidden.view(rows.shape[0], hidden.shape[-1])
     gemm.activate(rows, weight, bias, CODE[activation], flat, pre if keep else None)
     return hidden, pre
 
@@ -46,20 +46,20 @@ def mlp_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     hidden, pre = linear_act_forward(x, fc_weight, fc_bias, activation, keep)
-    y = x.new_empty((*x.shape[:-1], len(proj_weight)))
+    y = x.new_empty((*x.shape[:-1], proj_weight.shape[0]))
     flat = hidden.view(-1, hidden.shape[-1])  # (N, F)
-    gemm.product(flat, proj_weight, y.view(len(flat), len(proj_weight)), bias=proj_bias)
+    gemm.product(flat, proj_weight, y.view(flat.shape[0], proj_weight.shape[0]), bias=proj_bias)
     return y, pre
 
 
 def linear_act_backward(
     dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = len(weight)
+    wide = weight.shape[0]
     dys = dy.reshape(-1, dy.shape[-1]).contiguous()  # (N, F)
-    dpre = pre.new_empty(len(dys), wide)
+    dpre = pre.new_empty(dys.shape[0], wide)
     dbias = weight.new_empty(wide if needs[2] else 0, dtype=dtype)
-    size = native.C.activation_backward_workspace_cuda(len(dys), wide) if needs[2] else 0
+    size = native.C.activation_backward_workspace_cuda(dys.shape[0], wide) if needs[2] else 0
     workspace = pre.new_empty(size, dtype=torch.float32)
     native.C.activation_backward_cuda(
         pre.data_ptr(),
@@ -88,9 +88,9 @@ def mlp_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dys = dy.reshape(-1, dy.shape[-1])  # (N, C_out)
-    dpre = pre.new_empty(len(dys), len(fc_weight))
-    hidden = pre.new_empty(len(dys), proj_weight.shape[1]) if needs[3] else None
-    dfc_bias = fc_weight.new_empty(len(fc_weight) if needs[2] else 0, dtype=dtype)
+    dpre = pre.new_empty(dys.shape[0], fc_weight.shape[0])
+    hidden = pre.new_empty(dys.shape[0], proj_weight.shape[1]) if needs[3] else None
+    dfc_bias = fc_weight.new_empty(fc_weight.shape[0] if needs[2] else 0, dtype=dtype)
     gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
     dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0, dtype=dtype)
     if hidden is not None:

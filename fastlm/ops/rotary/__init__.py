@@ -58,7 +58,7 @@ def rotary(
             increment_version((q, k))
         return q, k
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotary.apply(q, k, cos, sin, positions, interleaved, backend)
+        return _apply(q, k, cos, sin, positions, interleaved, backend)
     return _forward(q, k, cos, sin, positions, interleaved, backend)
 
 
@@ -131,6 +131,9 @@ class _Rotary(torch.autograd.Function):
             gradients = list(_backward(dq, dk, *ctx.saved_tensors, ctx.interleaved, ctx.backend))
         dq, dk = (None if d is None else g for d, g in zip((dq, dk), gradients, strict=True))
         return dq, dk, None, None, None, None, None
+
+
+_apply = library.apply_of(_Rotary)
 
 
 def _forward_impl(q, k, cos, sin, positions, interleaved, backend):
