@@ -97,7 +97,7 @@ class Ninja:
         return self._edge(target, "link", [*self.runtime(), *objects], flags=SANITIZERS[flavour])
 
     def weakened(self, target: Path) -> Path:
-        """The object with fastlm's symbols weak: functions of ours that nobody defines become null instead of an error."""
+        """The object with our symbols weak: functions of fastlm that nobody defines become null, not an error."""
         return self._edge(target.with_suffix(".weak.o"), "weaken", [target])
 
     def run(self) -> None:
