@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastlm.ops import gemm, native
+from fastlm.ops.case import Case, all_cases
 from tests.emulator import backend as emulator
-from tests.op_suite import DTYPES, check
+from tests.op_suite import DTYPES, check, check_case
 
 
 @pytest.fixture(params=["emulator", "cuda"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(gemm, "library_is_faster", lambda a: False)
     reason = emulator.unavailable() if request.param == "emulator" else native.cuda_unavailable()
     if reason is not None:
         pytest.skip(reason)
@@ -118,3 +122,40 @@ def test_a_bad_call_is_refused(device: str) -> None:
         gemm.product(a, a, torch.empty(8, 8, dtype=torch.float16, device=device))
     with pytest.raises(ValueError, match="float32 where it is added to"):
         gemm.product(a, a, torch.empty_like(a), accumulate=True)
+
+
+PRODUCTS = [c for c in all_cases() if c.op in ("linear_act", "mlp", "linear_cross_entropy") and "large" not in c.traits]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_float32_products_of_the_library(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fused into products of ours is a pass of its own beside the library's, as on a GPU that is no A100."""
+    monkeypatch.setattr(gemm, "library_is_faster", lambda a: True)
+    check_case("emulator", case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "tf32", "library"), [((8, 0), False, False), ((8, 0), True, True), ((9, 0), False, True)]
+)
+def test_who_makes_float32_products(
+    capability: tuple[int, int], tf32: bool, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(gemm, "_allows_tf32", lambda: tf32)
+    gemm._is_a100.cache_clear()
+    for dtype, wanted in ((torch.float32, library), (torch.bfloat16, True)):
+        a: Any = SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+        assert gemm.library_is_faster(a) == wanted
+        assert gemm.library_makes_float32(a) == (wanted and dtype == torch.float32)
+    gemm._is_a100.cache_clear()
+    assert not gemm.library_is_faster(torch.zeros(2, 2))
+
+
+def test_tf32_is_allowed_by_torchs_setting() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, allowed in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(setting)
+            assert gemm._allows_tf32() is allowed
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -135,8 +135,10 @@ class _Work:
             if self.library and scale is not None:
                 dx.mul_(scale)
         if self.needs_dweight:
-            more = block.start > 0
-            gemm.product(dlogits.T, self.rows[block].T, self.dweight, scale=scale, accumulate=more)
+            more, rows = block.start > 0, self.rows[block]
+            if scale is not None and gemm.library_makes_float32(rows):
+                rows, scale = rows * scale, None
+            gemm.product(dlogits.T, rows.T, self.dweight, scale=scale, accumulate=more)
 
 
 def block_rows(rows: int, row_bytes: int) -> int:

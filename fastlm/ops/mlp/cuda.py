@@ -1,7 +1,8 @@
 """The MLP block on the GPU: products with the activation, its derivative and the bias gradient fused in (csrc/gemm).
 
 Beside outputs and gradients the activation is held, (..., F), and in the backward pass its gradient: the forward pass
-reads and writes the pre-activation once, the backward pass reads it once.
+reads and writes the pre-activation once, the backward pass reads it once. Float32 products are the library's, but on an
+A100 (gemm.library_makes_float32); the activation is a pass of its own then, short beside them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastlm.ops.linear.cuda import column_sums
 from fastlm.ops.mlp import reference
 from fastlm.ops.mlp.native import CODE, unsupported
 from fastlm.ops.mlp.reference import GATED
-from fastlm.ops.native import DTYPE_CODE
+from fastlm.ops.native import DTYPE_CODE, pointer
 
 __all__ = ["linear_act_backward", "linear_act_forward", "mlp_backward", "mlp_forward", "unsupported"]
 
@@ -27,7 +28,8 @@ def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     rows, wide = x.reshape(-1, x.shape[-1]), weight.shape[0]  # (N, C)
-    if x.is_cuda and rows.shape[0] <= _FEW_ROWS and not keep and x.dtype != torch.float32:
+    few = x.is_cuda and rows.shape[0] <= _FEW_ROWS and not keep and x.dtype != torch.float32
+    if few or gemm.library_makes_float32(x):
         return reference.linear_act_forward(x, weight, bias, activation, keep)
     hidden = x.new_empty((*x.shape[:-1], wide // 2 if activation in GATED else wide))
     pre = x.new_empty((*x.shape[:-1], wide) if keep else 0)
@@ -59,22 +61,29 @@ def linear_act_backward(
     dys = dy.reshape(-1, dy.shape[-1]).contiguous()  # (N, F)
     dpre = pre.new_empty(dys.shape[0], wide)
     dbias = weight.new_empty(wide if needs[2] else 0, dtype=dtype)
-    size = native.C.activation_backward_workspace_cuda(dys.shape[0], wide) if needs[2] else 0
+    _activate_backward(dys, pre, activation, dpre, None, dbias)
+    return (*_linear_gradients(dpre, x, weight, needs, dtype), dbias)
+
+
+def _activate_backward(
+    dhidden: Tensor, pre: Tensor, activation: str, dpre: Tensor, hidden: Tensor | None, dbias: Tensor
+) -> None:
+    """dpre from pre and the gradient of the activation; the activation into `hidden`, dpre's sum into a `dbias` not empty."""
+    size = native.C.activation_backward_workspace_cuda(*dpre.shape) if dbias.numel() else 0
     workspace = pre.new_empty(size, dtype=torch.float32)
     native.C.activation_backward_cuda(
         pre.data_ptr(),
-        dys.data_ptr(),
+        dhidden.data_ptr(),
         dpre.data_ptr(),
-        0,
+        pointer(hidden),
         dbias.data_ptr(),
         workspace.data_ptr(),
-        *dys.shape,
+        *dhidden.shape,
         CODE[activation],
         DTYPE_CODE[pre.dtype],
-        DTYPE_CODE[dtype],
+        DTYPE_CODE[dbias.dtype],
         native.stream(pre),
     )
-    return (*_linear_gradients(dpre, x, weight, needs, dtype), dbias)
 
 
 def mlp_backward(
@@ -91,7 +100,11 @@ def mlp_backward(
     dpre = pre.new_empty(dys.shape[0], fc_weight.shape[0])
     hidden = pre.new_empty(dys.shape[0], proj_weight.shape[1]) if needs[3] else None
     dfc_bias = fc_weight.new_empty(fc_weight.shape[0] if needs[2] else 0, dtype=dtype)
-    gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
+    if gemm.library_makes_float32(dy):
+        dhidden = gemm.product(dys, proj_weight.T, dys.new_empty(dys.shape[0], proj_weight.shape[1]))
+        _activate_backward(dhidden, pre, activation, dpre, hidden, dfc_bias)
+    else:
+        gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
     dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0, dtype=dtype)
     if hidden is not None:
         gemm.product(dys.T, hidden.T, dproj_weight)
