@@ -6,7 +6,7 @@ What of it is a CUDA graph runs on a GPU only; without one a replay is the step 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,12 @@ import pytest
 import torch
 
 import fastlm
+from fastlm.generation import graph
 from fastlm.generation.cache import KVCache, Pool, PoolRows, RaggedCache
+from fastlm.generation.fused import FusedStep
 from fastlm.generation.graph import GraphDecoder
-from fastlm.ops import graphs
+from fastlm.ops import graphs, native
+from tests.emulator import backend as emulator
 
 generation = importlib.import_module("fastlm.generation.generate")  # the package has a function of this name
 
@@ -71,6 +74,66 @@ def test_hidden_states_are_those_of_the_layers(device: str, fields: dict[str, An
         last = token(model, 3, step)
         torch.testing.assert_close(decode(last, ours), model.hidden_states(last, cache=layers))
     assert ours.length == layers.length == 16
+
+
+@pytest.fixture(params=["emulator", "cuda"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of tensors that CUDA kernels take: the emulator's are on the CPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    reason = emulator.unavailable() if request.param == "emulator" else native.cuda_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with fastlm.backend(request.param), emulator.emulated() if request.param == "emulator" else nullcontext():
+        yield "cpu" if request.param == "emulator" else "cuda"
+
+
+FUSED = {
+    **CONFIGS,
+    "gelu": {"activation": "gelu", "bias": False, "intermediate_size": 88},
+    "geglu": {"activation": "geglu", "norm": "rms_norm", "n_embd": 264, "n_head": 3},
+    "relu2": {"activation": "relu2", "n_embd": 2176, "n_head": 17, "n_layer": 1},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("fields", FUSED.values(), ids=FUSED)
+def test_few_kernels_give_what_the_layers_give(gpu: str, fields: dict[str, Any], rows: int, dtype: torch.dtype) -> None:
+    if rows != 2 and fields.get("n_embd", 0) > 1000:
+        pytest.skip("once is enough of so many")
+    model = model_of(gpu, **fields).to(dtype)
+    for p in model.parameters():  # biases and norms that do something
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p) * 0.1)
+    assert FusedStep.suits(model, rows)
+    few = FusedStep(model)
+    ids = torch.randint(97, (rows, 7), generator=torch.Generator().manual_seed(1)).to(gpu)
+    caches = [KVCache(model.config.n_layer, 64) for _ in range(2)]
+    for cache in caches:
+        model.hidden_states(ids, cache=cache)
+    last = token(model, rows, 0)
+    lengths = torch.full((rows,), 7, device=gpu)
+    wanted = model.hidden_states(last, cache=caches[0])
+    got = few(last, graph._DeviceCache(graph._Stores(*caches[1].stores()), lengths))
+    wide = model_of(gpu, **fields)
+    wide.load_state_dict(model.state_dict())
+    with fastlm.backend("reference"):
+        exact = wide.hidden_states(torch.cat((ids, last), 1))[:, -1:]
+    error, allowed = ((t.float() - exact).abs().max().item() for t in (got, wanted))
+    floor = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
+    assert error <= 2 * allowed + floor, f"error {error:.3g}, the layers' {allowed:.3g}"
+
+
+def test_whom_few_kernels_suit(gpu: str) -> None:
+    model = model_of(gpu)
+    assert FusedStep.suits(model, 1) and FusedStep.suits(model, 8) and not FusedStep.suits(model, 9)
+    assert not FusedStep.suits(model_of(gpu, n_embd=60), 1)  # rows that are not whole pieces of 16 bytes
+    assert not FusedStep.suits(model_of(gpu).double(), 1)
+    model.norm.double()
+    assert not FusedStep.suits(model, 1)
+    with fastlm.backend("reference"):
+        assert not FusedStep.suits(model_of(gpu), 1)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from fastlm.ops.mlp.native import CODE
 from fastlm.ops.native import DTYPE_CODE, pointer
 from fastlm.ops.products import SKINNY_ROWS
 
-_KNOWN = (nn.ModuleList, Block, Attention, MLP, LayerNorm, RMSNorm, Linear, nn.Linear)
+KNOWN_MODULES = (nn.ModuleList, Block, Attention, MLP, LayerNorm, RMSNorm, Linear, nn.Linear)
 
 
 class Decoder:
@@ -63,7 +63,7 @@ class Decoder:
         if any(p.dtype != weight.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
             return False
         return all(
-            type(module) in _KNOWN and not (module._forward_hooks or module._forward_pre_hooks)
+            type(module) in KNOWN_MODULES and not (module._forward_hooks or module._forward_pre_hooks)
             for module in model.blocks.modules()
         )
 

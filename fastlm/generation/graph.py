@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.cache import KVCache, RaggedCache, decode_attention, is_decoding
+from fastlm.generation.fused import FusedStep
 from fastlm.models.gpt import GPT
 from fastlm.ops import graphs
 from fastlm.ops.decode_attention.native import append
@@ -66,6 +67,8 @@ class GraphDecoder:
         self._memory: tuple | None = None  # of the caches that the step below is for
         self._replay: Callable[[], object] | None = None
         self._lengths: list[int] = []  # on the host, what `_at` holds
+        self._fused = FusedStep(model)
+        self._suits: dict[int, bool] = {}  # by the number of rows: whether it takes the model
 
     @staticmethod
     def suits(model: Any) -> bool:
@@ -112,5 +115,9 @@ class GraphDecoder:
 
     def _step(self, stores: _Stores) -> None:
         """From `_last` and `_at` to `_hidden`; `_at` then is one more."""
-        self._hidden = self.model.hidden_states(self._last, cache=_DeviceCache(stores, self._at))
+        rows = self._last.shape[0]
+        if rows not in self._suits:
+            self._suits[rows] = FusedStep.suits(self.model, rows)
+        step = self._fused if self._suits[rows] else self.model.hidden_states
+        self._hidden = step(self._last, cache=_DeviceCache(stores, self._at))
         self._at += 1

@@ -88,7 +88,29 @@ class Attention(nn.Module):
             cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
             cache: keys and values of the tokens before; those of x are appended under `layer`.
         """
-        qkv = self.qkv(x)  # (B, T, (H + 2 H_kv) D)
+        attended = self.attend(
+            self.qkv(x),
+            rotation=rotation,
+            alibi_slopes=alibi_slopes,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            cache=cache,
+            layer=layer,
+        )
+        return self.proj(attended.flatten(2))
+
+    def attend(
+        self,
+        qkv: Tensor,
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        alibi_slopes: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Between the projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H, D). The other arguments as for `forward`."""
         options: dict[str, Any] = {
             "causal": self.causal,
             "scale": self.scale,
@@ -100,21 +122,18 @@ class Attention(nn.Module):
             "max_seqlen": max_seqlen,
         }
         if rotation is None and cache is None and self.q_norm is None:
-            y = ops.attention_qkvpacked(qkv, self.n_head, self.n_kv_head, **options)  # (B, T, H, D)
-        else:
-            heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
-            # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
-            q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
-                recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-                q, k = ops.rotary(q, k, *rotation, inplace=not recorded)
-            if cache is None:
-                y = ops.attention(q, k, v, **options)
-            else:
-                y = cache.attention(layer, q, k, v, **options)
-        return self.proj(y.flatten(2))
+            return ops.attention_qkvpacked(qkv, self.n_head, self.n_kv_head, **options)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
+        # Its backward pass is one concatenation; that of three slices is three tensors of zeros, and their sum.
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:  # in the projection's own memory, where no backward pass will ask for it
+            recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+            q, k = ops.rotary(q, k, *rotation, inplace=not recorded)
+        if cache is None:
+            return ops.attention(q, k, v, **options)
+        return cache.attention(layer, q, k, v, **options)
 
     def extra_repr(self) -> str:
         return f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, head_dim={self.head_dim}, dropout={self.dropout}"

@@ -68,7 +68,8 @@ def linear_act_backward(
 def _activate_backward(
     dhidden: Tensor, pre: Tensor, activation: str, dpre: Tensor, hidden: Tensor | None, dbias: Tensor
 ) -> None:
-    """dpre from pre and the gradient of the activation; the activation into `hidden`, dpre's sum into a `dbias` not empty."""
+    """dpre from pre and the activation's gradient; the activation goes into `hidden`, dpre's sum into `dbias`: where
+    the one is not None, the other not empty."""
     size = native.C.activation_backward_workspace_cuda(*dpre.shape) if dbias.numel() else 0
     workspace = pre.new_empty(size, dtype=torch.float32)
     native.C.activation_backward_cuda(
