@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2},
     "alibi": {"position": "alibi", "sliding_window": 9},
     "qk-norm": {"qk_norm": True, "position": "rotary"},
-    "sinusoidal": {"position": "sinusoidal", "attention_softcap": 2.0},
+    "sinusoidal": {"position": "sinusoidal", "attention_softcap": 2.0, "logit_softcap": 3.0},
 }
 
 
@@ -120,6 +120,7 @@ def test_few_kernels_give_what_the_layers_give(gpu: str, fields: dict[str, Any],
     wide.load_state_dict(model.state_dict())
     with fastlm.backend("reference"):
         exact = wide.hidden_states(torch.cat((ids, last), 1))[:, -1:]
+    torch.testing.assert_close(few.logits(got), model.logits(got))
     error, allowed = ((t.float() - exact).abs().max().item() for t in (got, wanted))
     floor = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
     assert error <= 2 * allowed + floor, f"error {error:.3g}, the layers' {allowed:.3g}"

@@ -1,4 +1,4 @@
-"""One token for each of up to eight rows through all blocks on a GPU, by few kernels (csrc/gpt/decode_linear.cu).
+"""One token for each of up to eight rows through a GPT on a GPU, by few kernels (csrc/gpt/decode_linear.cu).
 
 Layer by layer a block of GPT-2 is a dozen kernels, each of which takes longer to begin than to read its weights. Here
 the residual addition, the norm and the activation belong to the linear layer next to them: four kernels and
@@ -22,7 +22,7 @@ from fastlm.ops.native import DTYPE_CODE, pointer
 
 
 class FusedStep:
-    """Stands in for `model.hidden_states` for one token a row, while the model's weights stay where they are.
+    """Stands in for `model.hidden_states` and `model.logits` of one token a row, while the weights stay where they are.
 
     Args:
         model: one that `suits`.
@@ -55,27 +55,37 @@ class FusedStep:
         options: dict[str, Any] = {"alibi_slopes": None if model.alibi is None else model.alibi.value}
         rotation = None if model.rotary is None else model.rotary(positions)
         branch: Tensor | None = None
-        for block in model.blocks:
+        blocks: list[Any] = list(model.blocks)
+        for block in blocks:
             attention, mlp = block.attention, block.mlp
-            qkv, h = self._linear(branch, h, block.norm_1, attention.qkv)
+            qkv, h = self._linear(branch, h, block.norm_1, attention.qkv.weight, attention.qkv.bias)
             y = attention.attend(qkv, rotation=rotation, cache=cache, layer=block.layer, **options)
-            branch, _ = self._linear(None, y.flatten(2), None, attention.proj)
-            hidden, h = self._linear(branch, h, block.norm_2, mlp.fc, mlp.activation)
-            branch, _ = self._linear(None, hidden, None, mlp.proj)
+            branch, _ = self._linear(None, y.flatten(2), None, attention.proj.weight, attention.proj.bias)
+            hidden, h = self._linear(branch, h, block.norm_2, mlp.fc.weight, mlp.fc.bias, mlp.activation)
+            branch, _ = self._linear(None, hidden, None, mlp.proj.weight, mlp.proj.bias)
         y, _ = model.norm(branch, residual=h)
         return y
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, 1, C) -> (B, 1, V)."""
+        return self.model.capped(self._linear(None, hidden, None, self.model.head_weight, None)[0])
+
     def _linear(
-        self, branch: Tensor | None, h: Tensor, norm: Any, layer: nn.Linear, activation: str | None = None
+        self,
+        branch: Tensor | None,
+        h: Tensor,
+        norm: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The layer of norm(branch + h), and that sum; norm None: of h itself."""
-        weight = layer.weight
+        """The linear layer of norm(branch + h), and that sum; norm None: of h itself."""
         outputs = weight.shape[0] // (2 if activation in ("swiglu", "geglu") else 1)
         y = h.new_empty(*h.shape[:-1], outputs)
         total = h if branch is None else torch.empty_like(h)
         norms = (None, None) if norm is None else (norm.weight, getattr(norm, "bias", None))
         x, residual = (h, None) if branch is None else (branch, h)
-        tensors = x, residual, None if branch is None else total, *norms, weight, layer.bias, y
+        tensors = x, residual, None if branch is None else total, *norms, weight, bias, y
         native.C.decode_linear_cuda(
             tuple(map(pointer, tensors)),
             (h.shape[0] * h.shape[1], h.shape[-1], outputs),

@@ -112,7 +112,8 @@ def generate(
                 watch.refuse_nan()
             seen = [group.seen for group in groups if group.seen is not None]
             tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
-            for group, new in zip(groups, tokens.split([len(group.rows) for group in groups]), strict=True):
+            parts = tokens.split([len(group.rows) for group in groups]) if len(groups) > 1 else [tokens]
+            for group, new in zip(groups, parts, strict=True):
                 group.append(new)
                 if reports:
                     group.report(new.tolist(), stream, finished_by, results)
@@ -261,9 +262,12 @@ def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]
             hidden[i] = model.hidden_states(context, cache=group.cache)[:, -1]  # (rows, C)
     if decoding:
         batch = [groups[i] for i in decoding]
-        last = torch.cat([group.tokens[:, group.length - 1 : group.length] for group in batch])  # (rows, 1)
+        newest = [group.tokens[:, group.length - 1 : group.length] for group in batch]  # (rows, 1)
+        last = newest[0] if len(newest) == 1 else torch.cat(newest)
         sizes = [len(group.rows) for group in batch]
         cache = batch[0].cache if len(batch) == 1 else RaggedCache([group.cache for group in batch], sizes)
+        if not hidden and isinstance(decode, GraphDecoder):
+            return decode.logits(last, cache)
         hidden.update(zip(decoding, decode(last, cache=cache)[:, -1].split(sizes), strict=True))
     return model.logits(torch.cat([hidden[i] for i in range(len(groups))]))
 

@@ -80,9 +80,19 @@ class GraphDecoder:
     def __call__(self, last: Tensor, cache: KVCache | RaggedCache) -> Tensor:
         """What `model.hidden_states(last, cache=cache)` gives: last (B, 1) token ids -> (B, 1, C), overwritten by the
         next call."""
+        return self._hidden if self._run(last, cache) else self.model.hidden_states(last, cache=cache)
+
+    def logits(self, last: Tensor, cache: KVCache | RaggedCache) -> Tensor:
+        """The logits of the tokens after `last`, (B, V), overwritten by the next call."""
+        if self._run(last, cache):
+            return self._logits[:, -1]
+        return self.model.logits(self.model.hidden_states(last, cache=cache)[:, -1])
+
+    def _run(self, last: Tensor, cache: KVCache | RaggedCache) -> bool:
+        """A step, replayed if it can be; whether it was possible on this cache's memory."""
         held = cache.stores()
         if held is None or torch.is_grad_enabled():
-            return self.model.hidden_states(last, cache=cache)
+            return False
         stores = _Stores(*held)
         memory = (last.shape, last.dtype, *(t.data_ptr() for t in (*stores.keys, *stores.values)))
         if memory != self._memory:
@@ -103,7 +113,7 @@ class GraphDecoder:
             self._replay()
         cache.advance(1)
         self._lengths = [n + 1 for n in lengths]
-        return self._hidden
+        return True
 
     def _recorded(self, stores: _Stores) -> Callable[[], object]:
         """A step's graph; the step itself where none can be recorded."""
@@ -114,10 +124,15 @@ class GraphDecoder:
             return lambda: self._step(stores)
 
     def _step(self, stores: _Stores) -> None:
-        """From `_last` and `_at` to `_hidden`; `_at` then is one more."""
+        """From `_last` and `_at` to `_hidden` and `_logits`; `_at` then is one more."""
         rows = self._last.shape[0]
         if rows not in self._suits:
             self._suits[rows] = FusedStep.suits(self.model, rows)
-        step = self._fused if self._suits[rows] else self.model.hidden_states
-        self._hidden = step(self._last, cache=_DeviceCache(stores, self._at))
+        cache = _DeviceCache(stores, self._at)
+        if self._suits[rows]:
+            self._hidden = self._fused(self._last, cache)
+            self._logits = self._fused.logits(self._hidden)
+        else:
+            self._hidden = self.model.hidden_states(self._last, cache=cache)
+            self._logits = self.model.logits(self._hidden)
         self._at += 1

@@ -182,7 +182,10 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        logits = linear(hidden, self.head_weight)
+        return self.capped(linear(hidden, self.head_weight))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the head gives, (..., V), with the soft cap where the model has one."""
         cap = self.config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 
