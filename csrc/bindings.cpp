@@ -23,7 +23,7 @@
 #include "embedding/embedding_torch.h"
 #include "gemm/gemm.h"
 #include "gpt/decode.h"
-#include "gpt/decode_linear.h"
+#include "gpt/row_linear.h"
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/layer_norm_torch.h"
 #include "linear/column_sums.h"
@@ -414,14 +414,15 @@ void cache_append_on_cuda(const std::array<Address, 5>& address, const std::arra
   cache_append_cuda(p, at<void>(stream));
 }
 
-// Addresses: x, residual, h, norm_weight, norm_bias, weight, bias, y. Sizes: rows, cols, outputs. act: -1 for none.
-void decode_linear_on_cuda(const std::array<Address, 8>& a, const std::array<int64_t, 3>& size, float eps, bool rms, int act,
-                           int type, bool programmatic, Address stream) {
-  const DecodeLinearCuda p{at<void>(a[0]), at<void>(a[1]), at<void>(a[2]), at<void>(a[3]), at<void>(a[4]), at<void>(a[5]),
-                           at<void>(a[6]), at<void>(a[7]), size[0],        size[1],        size[2],        eps,
-                           rms,            act >= 0,       activation(act >= 0 ? act : 0), dtype(type),    programmatic};
+// Addresses: x, residual, h, norm_weight, norm_bias, weight, bias, y. act: -1 for none.
+void row_linear_on_cuda(const std::array<Address, 8>& a, int64_t cols, int64_t outputs, float eps, bool rms, int act, int type,
+                        bool programmatic, Address stream) {
+  const RowLinear p{at<void>(a[0]), at<void>(a[1]), at<void>(a[2]), at<void>(a[3]),
+                    at<void>(a[4]), at<void>(a[5]), at<void>(a[6]), at<void>(a[7]),
+                    cols,           outputs,        eps,            rms,
+                    act >= 0,       activation(act >= 0 ? act : 0), dtype(type), programmatic};
   py::gil_scoped_release release;
-  decode_linear_cuda(p, at<void>(stream));
+  row_linear_cuda(p, at<void>(stream));
 }
 
 void column_sums_on_cuda(Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride, int type,
@@ -511,8 +512,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_backward_workspace", &embedding_backward_workspace);
   m.def("embedding_backward", &embedding_backward);
   m.def("cache_append_cuda", &cache_append_on_cuda);
-  m.def("decode_linear_cuda", &decode_linear_on_cuda);
-  m.def("decode_linear_takes", [](int64_t rows, int64_t cols, int type) { return decode_linear_takes(rows, cols, dtype(type)); });
+  m.def("row_linear_cuda", &row_linear_on_cuda);
+  m.def("row_linear_takes", [](int64_t cols, int type) { return row_linear_takes(cols, dtype(type)); });
   m.def("decode_attention", &decode_attention);
   m.def("decode_attention_workspace", &decode_attention_workspace);
   m.def("sample", &sample);

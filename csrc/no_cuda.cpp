@@ -8,7 +8,7 @@
 #include "decode_attention/decode_attention.h"
 #include "embedding/embedding.h"
 #include "gemm/gemm.h"
-#include "gpt/decode_linear.h"
+#include "gpt/row_linear.h"
 #include "layer_norm/layer_norm.h"
 #include "linear/column_sums.h"
 #include "optimizer/adamw.h"
@@ -44,7 +44,7 @@ void adamw_step_cuda(const AdamWRow*, int64_t, int64_t, const AdamWStep&, const 
 void grad_norm_cuda(const GradNormTensor*, int64_t, int64_t, double*, float, float*, float*, void*) { no_cuda(); }
 void cache_append_cuda(const CacheAppend&, void*) { no_cuda(); }
 void decode_attention_cuda(const DecodeAttention&, void*) { no_cuda(); }
-bool decode_linear_takes(int64_t, int64_t, DType) { return false; }
-void decode_linear_cuda(const DecodeLinearCuda&, void*) { no_cuda(); }
+bool row_linear_takes(int64_t, DType) { return false; }
+void row_linear_cuda(const RowLinear&, void*) { no_cuda(); }
 
 }  // namespace fastlm

@@ -45,6 +45,7 @@ struct LaunchConfig {
   size_t shared = 0;
   dim3 cluster = {1, 1, 1};
   bool programmatic = false;  // may begin before the kernel in front of it has ended
+  bool opted_in = false;      // to more than 48 KB of shared memory
 };
 
 // Of a block, in bytes.

@@ -64,7 +64,7 @@ void start_block(Block& block, uint3 index) {
   block.index = index;
   const unsigned threads = b.x * b.y * b.z;
   block.live = static_cast<int>(threads);
-  block.shared.reset(grid->config.shared);
+  block.shared.reset(grid->config.shared, grid->config.opted_in);
   for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier();
   block.mbarriers = Mbarriers();
   block.registers = RegisterPool();

@@ -20,7 +20,8 @@ unsigned char* new_arena() {
 
 }  // namespace
 
-void SharedMemory::reset(size_t dynamic_bytes) {
+void SharedMemory::reset(size_t dynamic_bytes, bool opted_in) {
+  limit = opted_in ? kSharedLimit : kSharedWithoutOptIn;
   if (data == nullptr) data = new_arena();
   if (async_view == nullptr) async_view = new_arena();
   // What the last block used of the arena, or may have overwritten without permission.
@@ -104,7 +105,10 @@ void* static_shared(const void* tag, size_t bytes, size_t alignment, Site site) 
   }
   size_t total = bytes;
   for (const SharedMemory::Allocation& a : shared.allocations) total += a.bytes;
-  if (total > kSharedLimit) fail(site, "%zu bytes of shared memory; a block has at most %zu", total, kSharedLimit);
+  if (total > shared.limit) {
+    fail(site, "%zu bytes of shared memory; a block has at most %zu%s", total, shared.limit,
+         shared.limit == kSharedWithoutOptIn ? " unless its launch opts in to more" : "");
+  }
   return shared.data + shared.allocate(bytes, alignment, tag);
 }
 

@@ -18,6 +18,7 @@ constexpr unsigned char kPoison = 0xff;
 constexpr size_t kArena = 256 * 1024;
 constexpr size_t kSharedBase = 1024;        // the first allocation's offset: address 0 is never valid
 constexpr size_t kSharedLimit = 227 * 1024;  // of a block on sm_90
+constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 constexpr size_t kGuard = 256;              // bytes between two allocations
 
 struct SharedMemory {
@@ -32,8 +33,9 @@ struct SharedMemory {
   size_t poisoned = 0;  // bytes from the start that hold kPoison until they are written
   size_t top = 0;
   std::vector<Allocation> allocations;
+  size_t limit = 0;  // of all allocations together
 
-  void reset(size_t dynamic_bytes);
+  void reset(size_t dynamic_bytes, bool opted_in);
   void retire();
   void poison(size_t end);
   size_t allocate(size_t bytes, size_t alignment, const void* tag);

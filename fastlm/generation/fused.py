@@ -1,4 +1,4 @@
-"""One token for each of up to eight rows through a GPT on a GPU, by few kernels (csrc/gpt/decode_linear.cu).
+"""One token of one sequence through a GPT on a GPU, by few kernels (csrc/gpt/row_linear.cu).
 
 Layer by layer a block of GPT-2 is a dozen kernels, each of which takes longer to begin than to read its weights. Here
 the residual addition, the norm and the activation belong to the linear layer next to them: four kernels and
@@ -22,7 +22,7 @@ from fastlm.ops.native import DTYPE_CODE, pointer
 
 
 class FusedStep:
-    """Stands in for `model.hidden_states` and `model.logits` of one token a row, while the weights stay where they are.
+    """Stands in for `model.hidden_states` and `model.logits` of one token, while the weights stay where they are.
 
     Args:
         model: one that `suits`.
@@ -33,8 +33,8 @@ class FusedStep:
         self.programmatic = native.has_wgmma(model.wte.weight)  # compute capability 9.0: kernels may begin early
 
     @staticmethod
-    def suits(model: GPT, rows: int) -> bool:
-        """Whether the kernels take the model: fastlm's own modules, one dtype, contiguous, up to eight rows."""
+    def suits(model: GPT) -> bool:
+        """Whether the kernels take the model: fastlm's own modules, one dtype, contiguous."""
         weight = model.wte.weight
         if weight.dtype not in DTYPE_CODE or not native.on_cuda(weight):
             return False
@@ -45,13 +45,13 @@ class FusedStep:
         if not all(type(module) in KNOWN_MODULES for module in model.blocks.modules()):
             return False
         depths = {m.in_features for m in model.blocks.modules() if isinstance(m, nn.Linear)}
-        return all(native.C.decode_linear_takes(rows, depth, DTYPE_CODE[weight.dtype]) for depth in depths)
+        return all(native.C.row_linear_takes(depth, DTYPE_CODE[weight.dtype]) for depth in depths)
 
     def __call__(self, last: Tensor, cache: Cache) -> Tensor:
-        """last (B, 1) token ids -> (B, 1, C); the new keys and values are in the cache, which has not advanced."""
+        """last (1, 1) token ids -> (1, 1, C); the new keys and values are in the cache, which has not advanced."""
         model = self.model
         positions = cache.positions(1, last.device)
-        h = model.embed(last, positions)  # (B, 1, C)
+        h = model.embed(last, positions)  # (1, 1, C)
         options: dict[str, Any] = {"alibi_slopes": None if model.alibi is None else model.alibi.value}
         rotation = None if model.rotary is None else model.rotary(positions)
         branch: Tensor | None = None
@@ -67,7 +67,7 @@ class FusedStep:
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, 1, C) -> (B, 1, V)."""
+        """hidden (1, 1, C) -> (1, 1, V)."""
         return self.model.capped(self._linear(None, hidden, None, self.model.head_weight, None)[0])
 
     def _linear(
@@ -86,9 +86,10 @@ class FusedStep:
         norms = (None, None) if norm is None else (norm.weight, getattr(norm, "bias", None))
         x, residual = (h, None) if branch is None else (branch, h)
         tensors = x, residual, None if branch is None else total, *norms, weight, bias, y
-        native.C.decode_linear_cuda(
+        native.C.row_linear_cuda(
             tuple(map(pointer, tensors)),
-            (h.shape[0] * h.shape[1], h.shape[-1], outputs),
+            h.shape[-1],
+            outputs,
             0.0 if norm is None else norm.eps,
             isinstance(norm, RMSNorm),
             -1 if activation is None else CODE[activation],

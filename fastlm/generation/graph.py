@@ -67,8 +67,7 @@ class GraphDecoder:
         self._memory: tuple | None = None  # of the caches that the step below is for
         self._replay: Callable[[], object] | None = None
         self._lengths: list[int] = []  # on the host, what `_at` holds
-        self._fused = FusedStep(model)
-        self._suits: dict[int, bool] = {}  # by the number of rows: whether it takes the model
+        self._fused = FusedStep(model) if FusedStep.suits(model) else None  # for one row
 
     @staticmethod
     def suits(model: Any) -> bool:
@@ -125,11 +124,8 @@ class GraphDecoder:
 
     def _step(self, stores: _Stores) -> None:
         """From `_last` and `_at` to `_hidden` and `_logits`; `_at` then is one more."""
-        rows = self._last.shape[0]
-        if rows not in self._suits:
-            self._suits[rows] = FusedStep.suits(self.model, rows)
         cache = _DeviceCache(stores, self._at)
-        if self._suits[rows]:
+        if self._fused is not None and self._last.shape[0] == 1:
             self._hidden = self._fused(self._last, cache)
             self._logits = self._fused.logits(self._hidden)
         else:

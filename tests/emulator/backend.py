@@ -113,11 +113,11 @@ class Compiled:
     def cache_append_cuda(self, *arguments: Any) -> None:
         module().cache_append_cuda(*arguments)
 
-    def decode_linear_takes(self, *arguments: Any) -> bool:
-        return module().decode_linear_takes(*arguments)
+    def row_linear_takes(self, *arguments: Any) -> bool:
+        return module().row_linear_takes(*arguments)
 
-    def decode_linear_cuda(self, *arguments: Any) -> None:
-        module().decode_linear_cuda(*arguments)
+    def row_linear_cuda(self, *arguments: Any) -> None:
+        module().row_linear_cuda(*arguments)
 
     def decode_attention(self, on_cuda: bool, *arguments: Any) -> None:
         module().decode_attention(True, *arguments)

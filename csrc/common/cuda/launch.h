@@ -28,8 +28,9 @@ struct Launch {
                            ", " + std::to_string(l.shared) + " bytes of dynamic shared memory");
 }
 
-// Without opting in a kernel gets at most this much dynamic shared memory (CUDA C++ Programming Guide, compute capabilities).
-constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+// A kernel that has more dynamic shared memory opts in. It would have to from 48 KB on, its static arrays included (CUDA C++
+// Programming Guide, compute capabilities): what is left is for those.
+constexpr size_t kSharedWithoutOptIn = 40 * 1024;
 
 // The most shared memory that a block may have on the current device, bytes.
 inline size_t max_shared_memory() {
@@ -103,7 +104,7 @@ void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Ar
 #else
   try {
     std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-    const emulator::LaunchConfig config{l.grid, l.block, l.shared, l.cluster, l.programmatic};
+    const emulator::LaunchConfig config{l.grid, l.block, l.shared, l.cluster, l.programmatic, l.shared > kSharedWithoutOptIn};
     emulator::launch_threads(config, [&] { std::apply(kernel, values); });
   } catch (const emulator::LaunchError& error) {
     throw_launch_error(name, l, error.what());
