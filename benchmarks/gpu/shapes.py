@@ -124,6 +124,47 @@ def head() -> None:
         )
 
 
+def float32() -> None:
+    """The products are the library's; with TF32 as a user allows it, and without."""
+    tokens = TOKENS // 2
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device="cuda").mul_(scale).requires_grad_()
+
+    x, fc, fc_bias = leaf(tokens, WIDTH), leaf(HIDDEN, WIDTH, scale=0.03), leaf(HIDDEN)
+    proj, proj_bias, table = leaf(WIDTH, HIDDEN, scale=0.03), leaf(WIDTH), leaf(VOCABULARY, WIDTH, scale=0.02)
+    dy, targets = torch.randn(tokens, WIDTH, device="cuda"), torch.randint(VOCABULARY, (tokens,), device="cuda")
+    blocks: dict[str, Callable[..., Tensor]] = {
+        "fastlm": ops.mlp,
+        "eager": lambda x, w, b, v, c: F.linear(F.gelu(F.linear(x, w, b), approximate="tanh"), v, c),
+    }
+    heads: dict[str, Callable[..., Tensor]] = {
+        "fastlm": lambda x, w: ops.linear_cross_entropy(x, w, targets),
+        "eager": lambda x, w: F.cross_entropy(x @ w.T, targets),
+    }
+    mlp = functools.partial(gradients, inputs=(x, fc, fc_bias, proj, proj_bias), upstream=dy)
+    loss = functools.partial(gradients, inputs=(x, table), upstream=None)
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for name in blocks:
+            title = f"{precision}, forward + backward, {name}"
+            line(f"MLP in float32, {title}", functools.partial(mlp, blocks[name]), 12.0 * tokens * WIDTH * HIDDEN)
+            line(f"head in float32, {title}", functools.partial(loss, heads[name]), 6.0 * tokens * WIDTH * VOCABULARY)
+    torch.set_float32_matmul_precision("highest")
+
+
+def generation() -> None:
+    """Greedy, from a prompt of 64 tokens: tokens a second, and the time of a step, by the difference of two lengths."""
+    torch.manual_seed(0)
+    model = fastlm.GPT(fastlm.GPTConfig.preset("gpt2", vocab_size=VOCABULARY)).to("cuda", torch.bfloat16).eval()
+    prompt = torch.randint(VOCABULARY, (1, 64), device="cuda")
+    seconds = {}
+    for new in (64, 512):
+        seconds[new] = milliseconds(lambda new=new: model.generate(prompt, new, temperature=0.0), 3) / 1e3
+        print(f"GPT-2 124M, {new} new tokens: {new / seconds[new]:,.0f} tokens/s", flush=True)
+    print(f"a step: {(seconds[512] - seconds[64]) / 448 * 1e6:,.0f} µs")
+
+
 def optimizer() -> None:
     parameters = [torch.randn(1000, 1000, device="cuda") for _ in range(124)]
     for p in parameters:
@@ -137,7 +178,14 @@ def optimizer() -> None:
         line(f"AdamW, 124 M float32 parameters, {name}", made.step, moved=28.0 * 124e6)
 
 
-PARTS = {"attention": attention, "products": products, "head": head, "optimizer": optimizer}
+PARTS = {
+    "attention": attention,
+    "products": products,
+    "head": head,
+    "float32": float32,
+    "generation": generation,
+    "optimizer": optimizer,
+}
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():

@@ -278,6 +278,7 @@ OPS = {
     "gemm": ["gemm/*.cu", "cross_entropy/*.cu", "linear/*.cu"],
     "tokens": ["rotary/*.cu", "embedding/*.cu", "sampling/*.cu"],
     "optimizer": ["optimizer/*.cu"],
+    "row_linear": ["gpt/*.cu"],
 }
 
 
