@@ -116,10 +116,12 @@ def test_empty_sizes(device: str) -> None:
     assert not out.any()
 
 
-def test_a_bad_call_is_refused(device: str) -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_a_bad_call_is_refused(device: str, library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     a = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     with pytest.raises(ValueError, match="out must be of the operands' type"):
         gemm.product(a, a, torch.empty(8, 8, dtype=torch.float16, device=device))
+    monkeypatch.setattr(gemm, "library_is_faster", lambda a: library)
     with pytest.raises(ValueError, match="float32 where it is added to"):
         gemm.product(a, a, torch.empty_like(a), accumulate=True)
 
@@ -138,16 +140,20 @@ def test_float32_products_of_the_library(case: Case, monkeypatch: pytest.MonkeyP
     ("capability", "tf32", "library"), [((8, 0), False, False), ((8, 0), True, True), ((9, 0), False, True)]
 )
 def test_who_makes_float32_products(
-    capability: tuple[int, int], tf32: bool, library: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    tf32: bool,
+    library: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(gemm, "_allows_tf32", lambda: tf32)
-    gemm._is_a100.cache_clear()
+    gemm._is_sm80.cache_clear()
+    request.addfinalizer(gemm._is_sm80.cache_clear)
     for dtype, wanted in ((torch.float32, library), (torch.bfloat16, True)):
         a: Any = SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
         assert gemm.library_is_faster(a) == wanted
         assert gemm.library_makes_float32(a) == (wanted and dtype == torch.float32)
-    gemm._is_a100.cache_clear()
     assert not gemm.library_is_faster(torch.zeros(2, 2))
 
 

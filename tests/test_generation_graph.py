@@ -5,6 +5,7 @@ What of it is a CUDA graph runs on a GPU only; without one a replay is the step 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fastlm
 from fastlm.generation import graph
@@ -64,15 +66,19 @@ def token(model: fastlm.GPT, rows: int, step: int) -> torch.Tensor:
     return torch.randint(97, (rows, 1), generator=torch.Generator().manual_seed(step)).to(model.device)
 
 
+def layers_logits(model: fastlm.GPT, last: torch.Tensor, cache: Any) -> torch.Tensor:
+    return model.logits(model.hidden_states(last, cache=cache)[:, -1])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-def test_hidden_states_are_those_of_the_layers(device: str, fields: dict[str, Any]) -> None:
+def test_logits_are_those_of_the_layers(device: str, fields: dict[str, Any]) -> None:
     model = model_of(device, **fields)
     decode = GraphDecoder(model)
     ours, layers = filled(model, 3, 7, capacity=11), filled(model, 3, 7, capacity=11)  # they grow on the way
     for step in range(9):
         last = token(model, 3, step)
-        torch.testing.assert_close(decode(last, ours), model.hidden_states(last, cache=layers))
+        torch.testing.assert_close(decode(last, ours), layers_logits(model, last, layers))
     assert ours.length == layers.length == 16
 
 
@@ -86,6 +92,10 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with fastlm.backend(request.param), emulator.emulated() if request.param == "emulator" else nullcontext():
         yield "cpu" if request.param == "emulator" else "cuda"
+
+
+class Quantised(nn.Parameter):
+    """A parameter of another class: its numbers may lie elsewhere."""
 
 
 FUSED = {
@@ -128,6 +138,24 @@ def test_few_kernels_give_what_the_layers_give(gpu: str, fields: dict[str, Any],
     assert error <= 2 * allowed + floor, f"error {error:.3g}, the layers' {allowed:.3g}"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_sequence_is_decoded_by_few_kernels(gpu: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its cache grows, too; two are not."""
+    if gpu == "cpu":
+        monkeypatch.setattr(graphs, "record", lambda step, device: (SimpleNamespace(replay=step), None))
+    steps = []
+    run = FusedStep.__call__
+    monkeypatch.setattr(FusedStep, "__call__", lambda self, *a: steps.append(a) or run(self, *a))
+    model = model_of(gpu, n_layer=1)
+    decode = GraphDecoder(model)
+    ours, layers = filled(model, rows, 7, capacity=9), filled(model, rows, 7, capacity=9)
+    for step in range(4):
+        last = token(model, rows, step)
+        torch.testing.assert_close(decode(last, ours), layers_logits(model, last, layers))
+    assert bool(steps) == (rows == 1)
+
+
 def test_whom_few_kernels_suit(gpu: str) -> None:
     model = model_of(gpu)
     assert FusedStep.suits(model)
@@ -137,6 +165,11 @@ def test_whom_few_kernels_suit(gpu: str) -> None:
     with fastlm.backend("reference"):
         assert not FusedStep.suits(model)
     model.norm.double()
+    assert not FusedStep.suits(model)
+    model = model_of(gpu)
+    model.blocks[0].attention.qkv.weight = nn.Parameter(torch.empty(192, 64, device="meta"))
+    assert not FusedStep.suits(model)
+    model.blocks[0].attention.qkv.weight = Quantised(torch.ones(192, 64, device=gpu))
     assert not FusedStep.suits(model)
 
 
@@ -150,7 +183,7 @@ def test_rows_of_different_lengths_in_one_pool(device: str) -> None:
     for step in range(4):
         last = token(model, 3, step)
         got = decode(last, RaggedCache(caches, [2, 1]))
-        wanted = [model.hidden_states(last[:2], cache=alone[0]), model.hidden_states(last[2:], cache=alone[1])]
+        wanted = [layers_logits(model, last[:2], alone[0]), layers_logits(model, last[2:], alone[1])]
         torch.testing.assert_close(got, torch.cat(wanted))
 
 
@@ -167,7 +200,7 @@ def test_a_cache_that_was_emptied_or_cut_goes_on(device: str) -> None:
     model.hidden_states(token(model, 3, 9)[[0, 2]], cache=other)
     for step in range(3):
         last = token(model, 2, step)
-        torch.testing.assert_close(decode(last, cache), model.hidden_states(last, cache=other))
+        torch.testing.assert_close(decode(last, cache), layers_logits(model, last, other))
 
 
 @torch.no_grad()
@@ -183,7 +216,7 @@ def test_where_nothing_can_be_recorded_steps_are_launched(monkeypatch: pytest.Mo
         last = token(model, 2, step)
         with pytest.warns(UserWarning, match="it waits") if step == 1 else nullcontext():
             got = decode(last, cache)
-        torch.testing.assert_close(got, model.hidden_states(last, cache=layers))
+        torch.testing.assert_close(got, layers_logits(model, last, layers))
 
 
 def test_generation_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +224,7 @@ def test_generation_is_the_same(device: str, monkeypatch: pytest.MonkeyPatch) ->
     model = model_of(device)
     prompts = [[1, 2, 3], [4, 5, 6], [7] * 60, [8, 9]]
     options: dict[str, Any] = {"temperature": 0.0, "stop": lambda ids: len(ids) == 5 and ids[0] % 2 == 0}
-    monkeypatch.setattr(generation, "_decoder", lambda model: model.hidden_states)
+    monkeypatch.setattr(generation, "_decoder", lambda model: functools.partial(layers_logits, model))
     wanted = model.generate(prompts, 12, **options)
     made: list[GraphDecoder] = []
 

@@ -51,7 +51,11 @@ def judge(backend: str, call: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_many_blocks(backend: str, dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_many_blocks(
+    backend: str, library: bool, dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "library_is_faster", lambda a: library)
     call = {**arguments(backend, dtype), **OPTIONS, "reduction": reduction}
     blocks = []
     make_logits = cuda._Work._logits

@@ -232,3 +232,24 @@ print("hung" if status else "done")
 def test_a_forked_process_can_use_the_pool() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("case", first_cases(), ids=lambda c: c.op)
+def test_a_tensor_that_has_outlived_a_transform(case: Case) -> None:
+    """functorch's wrapper is still around it; torch's own functions take it."""
+    arguments = case.build(Maker())
+    if "in-place" in case.traits or not differentiable(arguments):
+        pytest.skip("nothing that a transform would have differentiated")
+    name = next(iter(differentiable(arguments)))
+    kept: list[torch.Tensor] = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        kept.append(torch.tanh(x))
+        return kept[-1].sum()
+
+    torch.func.grad(inside)(arguments[name])
+    others = {k: v.detach().requires_grad_() for k, v in differentiable(arguments).items() if k != name}
+    plain = torch.tanh(arguments[name])
+    wanted, got = (outputs_of(getattr(ops, case.op)(**{**arguments, **others, name: x})) for x in (plain, kept[0]))
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)

@@ -40,8 +40,11 @@ class FusedStep:
             return False
         if registry.choose("linear", weight.device.type, (weight, weight, None)) in ("reference", "triton"):
             return False
-        if any(p.dtype != weight.dtype or not p.is_contiguous() or p.data_ptr() % 16 for p in model.parameters()):
-            return False
+        for p in model.parameters():
+            if type(p) is not nn.Parameter or p.device != weight.device or p.dtype != weight.dtype:
+                return False
+            if not p.is_contiguous() or p.data_ptr() % 16:
+                return False
         if not all(type(module) in KNOWN_MODULES for module in model.blocks.modules()):
             return False
         depths = {m.in_features for m in model.blocks.modules() if isinstance(m, nn.Linear)}

@@ -218,11 +218,11 @@ class _Group:
 
 
 def _decoder(model: GPT) -> Callable[..., Tensor]:
-    """The hidden states of one token a row, in the fastest way that this model allows."""
-    for kind in (Decoder, GraphDecoder):
-        if kind.suits(model):
-            return kind(model)
-    return model.hidden_states
+    """From one token a row (B, 1) and their cache to logits (B, V), in the fastest way that this model allows."""
+    if GraphDecoder.suits(model):
+        return GraphDecoder(model)
+    hidden_states = Decoder(model) if Decoder.suits(model) else model.hidden_states
+    return lambda last, cache: model.logits(hidden_states(last, cache=cache)[:, -1])
 
 
 class _Watch:
@@ -250,26 +250,25 @@ class _Watch:
 
 
 def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]) -> Tensor:
-    """The logits of the next token of every row, (rows, V), in the order of the groups. `decode`: the model's hidden
-    states of one token a row."""
-    hidden: dict[int, Tensor] = {}
-    decoding = []
-    for i, group in enumerate(groups):
-        context = group.new_context()
-        if context is None:
-            decoding.append(i)
-        else:
-            hidden[i] = model.hidden_states(context, cache=group.cache)[:, -1]  # (rows, C)
-    if decoding:
-        batch = [groups[i] for i in decoding]
-        newest = [group.tokens[:, group.length - 1 : group.length] for group in batch]  # (rows, 1)
-        last = newest[0] if len(newest) == 1 else torch.cat(newest)
-        sizes = [len(group.rows) for group in batch]
-        cache = batch[0].cache if len(batch) == 1 else RaggedCache([group.cache for group in batch], sizes)
-        if not hidden and isinstance(decode, GraphDecoder):
-            return decode.logits(last, cache)
-        hidden.update(zip(decoding, decode(last, cache=cache)[:, -1].split(sizes), strict=True))
-    return model.logits(torch.cat([hidden[i] for i in range(len(groups))]))
+    """The logits of the next token of every row, (rows, V), in the order of the groups. `decode`: see `_decoder`."""
+    contexts = [(group, group.new_context()) for group in groups]
+    reading = [(group, context) for group, context in contexts if context is not None]
+    decoding = [group for group, context in contexts if context is None]
+    logits: dict[int, Tensor] = {}  # by the group
+    if reading:
+        hidden = [model.hidden_states(context, cache=group.cache)[:, -1] for group, context in reading]  # (rows, C)
+        together = model.logits(torch.cat(hidden))
+        if not decoding:
+            return together
+        logits.update(zip((id(group) for group, _ in reading), together.split([len(h) for h in hidden]), strict=True))
+    newest = [group.tokens[:, group.length - 1 : group.length] for group in decoding]  # (rows, 1)
+    sizes = [len(group.rows) for group in decoding]
+    cache = decoding[0].cache if len(decoding) == 1 else RaggedCache([group.cache for group in decoding], sizes)
+    together = decode(newest[0] if len(newest) == 1 else torch.cat(newest), cache)
+    if not reading:
+        return together
+    logits.update(zip(map(id, decoding), together.split(sizes), strict=True))
+    return torch.cat([logits[id(group)] for group in groups])
 
 
 def _prompts(model: GPT, idx: Prompts) -> list[Tensor]:

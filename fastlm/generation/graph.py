@@ -17,7 +17,7 @@ from torch import Tensor
 from fastlm.generation.cache import KVCache, RaggedCache, decode_attention, is_decoding
 from fastlm.generation.fused import FusedStep
 from fastlm.models.gpt import GPT
-from fastlm.ops import graphs
+from fastlm.ops import graphs, native
 from fastlm.ops.decode_attention.native import append
 
 
@@ -53,7 +53,8 @@ class _DeviceCache:
 
 
 class GraphDecoder:
-    """Stands in for `model.hidden_states` while the model's weights and modules stay as they are: for one generation.
+    """From tokens to the logits of the next ones, while the model's weights and modules stay as they are: for one
+    generation.
 
     A step's graph belongs to the memory of its cache. With another memory (rows have finished, a cache has grown) the
     next step runs kernel by kernel, as the first always does, and the one after it records a new graph.
@@ -77,22 +78,14 @@ class GraphDecoder:
         return all(not (m._forward_hooks or m._forward_pre_hooks) for m in model.modules())
 
     def __call__(self, last: Tensor, cache: KVCache | RaggedCache) -> Tensor:
-        """What `model.hidden_states(last, cache=cache)` gives: last (B, 1) token ids -> (B, 1, C), overwritten by the
-        next call."""
-        return self._hidden if self._run(last, cache) else self.model.hidden_states(last, cache=cache)
-
-    def logits(self, last: Tensor, cache: KVCache | RaggedCache) -> Tensor:
-        """The logits of the tokens after `last`, (B, V), overwritten by the next call."""
-        if self._run(last, cache):
-            return self._logits[:, -1]
-        return self.model.logits(self.model.hidden_states(last, cache=cache)[:, -1])
-
-    def _run(self, last: Tensor, cache: KVCache | RaggedCache) -> bool:
-        """A step, replayed if it can be; whether it was possible on this cache's memory."""
+        """last (B, 1) token ids, which are appended to the cache -> logits (B, V), overwritten by the next call."""
         held = cache.stores()
         if held is None or torch.is_grad_enabled():
-            return False
-        stores = _Stores(*held)
+            return self.model.logits(self.model.hidden_states(last, cache=cache)[:, -1])
+        with native.on_its_device(last):
+            return self._run(last, cache, _Stores(*held))
+
+    def _run(self, last: Tensor, cache: KVCache | RaggedCache, stores: _Stores) -> Tensor:
         memory = (last.shape, last.dtype, *(t.data_ptr() for t in (*stores.keys, *stores.values)))
         if memory != self._memory:
             self._memory, self._replay = memory, None
@@ -112,23 +105,21 @@ class GraphDecoder:
             self._replay()
         cache.advance(1)
         self._lengths = [n + 1 for n in lengths]
-        return True
+        return self._logits
 
     def _recorded(self, stores: _Stores) -> Callable[[], object]:
         """A step's graph; the step itself where none can be recorded."""
         try:
             return graphs.record(lambda: self._step(stores), self._at.device)[0].replay
         except RuntimeError as error:
-            warnings.warn(f"tokens are decoded kernel by kernel, without a CUDA graph: {error}", stacklevel=4)
+            warnings.warn(f"tokens are decoded kernel by kernel, without a CUDA graph: {error}", stacklevel=5)
             return lambda: self._step(stores)
 
     def _step(self, stores: _Stores) -> None:
-        """From `_last` and `_at` to `_hidden` and `_logits`; `_at` then is one more."""
+        """From `_last` and `_at` to `_logits`; `_at` then is one more."""
         cache = _DeviceCache(stores, self._at)
         if self._fused is not None and self._last.shape[0] == 1:
-            self._hidden = self._fused(self._last, cache)
-            self._logits = self._fused.logits(self._hidden)
+            self._logits = self._fused.logits(self._fused(self._last, cache))[:, -1]
         else:
-            self._hidden = self.model.hidden_states(self._last, cache=cache)
-            self._logits = self.model.logits(self._hidden)
+            self._logits = self.model.logits(self.model.hidden_states(self._last, cache=cache)[:, -1])
         self._at += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,11 +54,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     """The tensors in the autocast dtype of x's device, as torch's matrix products take them; else unchanged."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return [x, *tensors]
-    dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (x, *tensors)]
+    return _autocast(lambda t, dtype: t.to(dtype), x, *tensors)
 
 
 def refuse_tangents(op: str, *arguments: Any) -> None:
@@ -84,12 +81,16 @@ def detached(op: str, *tensors: Tensor | None) -> list[Any]:
 
 def autocast_detached(op: str, x: Tensor, *tensors: Tensor | None) -> list[Any]:
     """As `autocast`, for an autograd.Function that gets the originals too: what is cast has no history."""
+    refuse_tangents(op, x, *tensors)  # detach would drop them
+    return _autocast(lambda t, dtype: t.detach().to(dtype), x, *tensors)
+
+
+def _autocast(cast: Callable[[Tensor, torch.dtype], Tensor], x: Tensor, *tensors: Tensor | None) -> list[Any]:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return [x, *tensors]
-    refuse_tangents(op, x, *tensors)  # detach would drop them
     dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype in (dtype, torch.float64) else t.detach().to(dtype) for t in (x, *tensors)]
+    return [t if t is None or t.dtype in (dtype, torch.float64) else cast(t, dtype) for t in (x, *tensors)]
 
 
 class _AutocastOff:

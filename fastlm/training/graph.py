@@ -33,7 +33,8 @@ class RecordedPass:
     ...     loss = run(idx, targets)
     ...     optimizer.step()
 
-    There are two graphs: one makes the gradients anew, the other adds to them (gradient accumulation). Batches of
+    There are two graphs: one makes the gradients anew, the other adds to them (gradient accumulation). The first is
+    recorded when all gradients are None, as `zero_grad()` leaves them unless it is told to keep them. Batches of
     another shape than the first, and parameters whose gradients are others than the graph's, take the direct way; where
     no graph can be recorded (there is not memory enough, say), everything does, and a warning says why. On a CPU there
     is nothing to record: every pass is direct.

@@ -39,6 +39,7 @@ PLAIN: dict[str, str | None] = {
     "hand_over/no_such_barrier": "barrier 16; there are 0 to 15",
     "copy/too_many_threads": "a block has 1 to 1024 threads",
     "copy/too_much_shared": "at most 232448 bytes of shared memory",
+    "copy/too_much_static": "at most 49152 unless its launch opts in to more",
     "copy/empty_grid": "an empty grid",
     "copy/grid_too_tall": "a grid has at most",
     "double_buffer/missing_wait": None,

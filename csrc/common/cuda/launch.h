@@ -28,9 +28,9 @@ struct Launch {
                            ", " + std::to_string(l.shared) + " bytes of dynamic shared memory");
 }
 
-// A kernel that has more dynamic shared memory opts in. It would have to from 48 KB on, its static arrays included (CUDA C++
-// Programming Guide, compute capabilities): what is left is for those.
-constexpr size_t kSharedWithoutOptIn = 40 * 1024;
+// A kernel that has more dynamic shared memory opts in. It has to from 48 KB on, its static arrays included (CUDA C++
+// Programming Guide, compute capabilities), of which no kernel here has more than the difference.
+constexpr size_t kOptInFrom = 48 * 1024 - 8 * 1024;
 
 // The most shared memory that a block may have on the current device, bytes.
 inline size_t max_shared_memory() {
@@ -69,7 +69,7 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
 #ifdef __CUDACC__
   cudaError_t error = cudaSuccess;
-  if (l.shared > kSharedWithoutOptIn) {
+  if (l.shared > kOptInFrom) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(l.shared));
   }
@@ -104,7 +104,7 @@ void launch(const char* name, const Launch& l, void (*kernel)(Parameters...), Ar
 #else
   try {
     std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-    const emulator::LaunchConfig config{l.grid, l.block, l.shared, l.cluster, l.programmatic, l.shared > kSharedWithoutOptIn};
+    const emulator::LaunchConfig config{l.grid, l.block, l.shared, l.cluster, l.programmatic, l.shared > kOptInFrom};
     emulator::launch_threads(config, [&] { std::apply(kernel, values); });
   } catch (const emulator::LaunchError& error) {
     throw_launch_error(name, l, error.what());

@@ -1,8 +1,8 @@
 """The MLP block on the GPU: products with the activation, its derivative and the bias gradient fused in (csrc/gemm).
 
 Beside outputs and gradients the activation is held, (..., F), and in the backward pass its gradient: the forward pass
-reads and writes the pre-activation once, the backward pass reads it once. Float32 products are the library's, but on an
-A100 (gemm.library_makes_float32); the activation is a pass of its own then, short beside them.
+reads and writes the pre-activation once, the backward pass reads it once. Where the library makes float32 products
+(gemm.library_makes_float32), the activation is a pass of its own, short beside them, and its gradient a tensor.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def mlp_backward(
     if gemm.library_makes_float32(dy):
         dhidden = gemm.product(dys, proj_weight.T, dys.new_empty(dys.shape[0], proj_weight.shape[1]))
         _activate_backward(dhidden, pre, activation, dpre, hidden, dfc_bias)
+        del dhidden
     else:
         gemm.activate_backward(dys, proj_weight.T, pre, CODE[activation], dpre, hidden, dfc_bias if needs[2] else None)
     dproj_weight = dy.new_empty(proj_weight.shape if needs[3] else 0, dtype=dtype)

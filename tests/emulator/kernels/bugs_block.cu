@@ -161,13 +161,20 @@ HAND_OVER(no_such_barrier);
 }  // namespace named
 
 namespace launches {
-enum class Bug { none, too_many_threads, too_much_shared, empty_grid, grid_too_tall };
+enum class Bug { none, too_many_threads, too_much_shared, too_much_static, empty_grid, grid_too_tall };
 
-template <Bug>
-__global__ void copy(const uint32_t* in, uint32_t* out) { out[threadIdx.x] = in[threadIdx.x]; }
+template <Bug kBug>
+__global__ void copy(const uint32_t* in, uint32_t* out) {
+  if (kBug == Bug::too_much_static) {  // beside dynamic memory for which no launch opts in
+    FASTLM_SHARED(uint32_t, mine, 2304);
+    mine[threadIdx.x] = in[threadIdx.x];
+  }
+  out[threadIdx.x] = in[threadIdx.x];
+}
 BUG_CASE(copy, none, dim3(1), dim3(32), 0, 32, 32);
 BUG_CASE(copy, too_many_threads, dim3(1), dim3(1056), 0, 32, 32);
 BUG_CASE(copy, too_much_shared, dim3(1), dim3(32), 228 * 1024, 32, 32);
+BUG_CASE(copy, too_much_static, dim3(1), dim3(32), 40 * 1024, 32, 32);
 BUG_CASE(copy, empty_grid, dim3(0), dim3(32), 0, 32, 32);
 BUG_CASE(copy, grid_too_tall, dim3(1, 70000), dim3(32), 0, 32, 32);
 }  // namespace launches
