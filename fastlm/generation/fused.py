@@ -18,6 +18,7 @@ from fastlm.nn import RMSNorm
 from fastlm.nn.attention import Cache
 from fastlm.ops import native, registry
 from fastlm.ops.mlp.native import CODE
+from fastlm.ops.mlp.reference import GATED
 from fastlm.ops.native import DTYPE_CODE, pointer
 
 
@@ -83,7 +84,7 @@ class FusedStep:
         activation: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The linear layer of norm(branch + h), and that sum; norm None: of h itself."""
-        outputs = weight.shape[0] // (2 if activation in ("swiglu", "geglu") else 1)
+        outputs = weight.shape[0] // (2 if activation in GATED else 1)
         y = h.new_empty(*h.shape[:-1], outputs)
         total = h if branch is None else torch.empty_like(h)
         norms = (None, None) if norm is None else (norm.weight, getattr(norm, "bias", None))
