@@ -107,7 +107,7 @@ def untraced(function: Callable) -> Callable:
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply`, without most of its steps for functorch (4 µs) where nobody looks."""
-    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    plain = plain_apply_of(function)
 
     def apply(*arguments: Any) -> Any:
         if watched():
@@ -116,6 +116,11 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable:
         return plain(*[_unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in arguments])
 
     return apply
+
+
+def plain_apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` without its steps for functorch: for tensors in memory, where nobody is `watched`."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def once_differentiable(backward: Callable) -> Callable:

@@ -31,7 +31,7 @@ def embedding(ids: Tensor, weight: Tensor, *, padding_idx: int | None = None) ->
     if compiled.takes_tensors():
         y = compiled.C.embedding_forward_torch(ids, weight)
         if y is not None:
-            return _apply(*call, ("cpu", y)) if recorded else y
+            return _record(*call, ("cpu", y)) if recorded else y
     backend = registry.choose("embedding", weight.device.type, call)
     return _apply(*call, (backend, None)) if recorded else _forward(ids, weight, backend)
 
@@ -68,7 +68,7 @@ class _Embedding(torch.autograd.Function):
         return None, _backward(dy, ids, ctx.rows, ctx.padding, ctx.backend), None, None
 
 
-_apply = library.apply_of(_Embedding)
+_apply, _record = library.apply_of(_Embedding), library.plain_apply_of(_Embedding)
 
 
 def _forward_impl(ids, weight, backend):

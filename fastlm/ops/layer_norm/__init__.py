@@ -113,7 +113,7 @@ def _run(
     if compiled.takes_tensors():
         results = compiled.C.layer_norm_forward_torch(x, weight, bias, residual, eps, rms, recorded)
         if results is not None:
-            return _apply(x, weight, bias, residual, (eps, rms, "cpu", results)) if recorded else results
+            return _record(x, weight, bias, residual, (eps, rms, "cpu", results)) if recorded else results
     call = _prepare(op, x, weight, bias, eps, residual, rms)
     backend = registry.choose(op, x.device.type, call)
     if recorded:
@@ -154,7 +154,7 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dweight, dbias if has_bias else None, dresidual, None
 
 
-_apply = library.apply_of(_LayerNorm)
+_apply, _record = library.apply_of(_LayerNorm), library.plain_apply_of(_LayerNorm)
 
 
 def _forward_impl(x, weight, bias, residual, eps, rms, backend):
