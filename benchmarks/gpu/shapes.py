@@ -11,7 +11,9 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import ops
+from fastlm.generation.fused import FusedStep
 from fastlm.ops import gemm
 from fastlm.ops.mlp.native import CODE
 
@@ -154,15 +157,19 @@ def float32() -> None:
 
 
 def generation() -> None:
-    """Greedy, from a prompt of 64 tokens: tokens a second, and the time of a step, by the difference of two lengths."""
+    """Greedy, from a prompt of 64 tokens: tokens a second, and the time of a step, by the difference of two lengths. By
+    the few kernels of one row, then layer by layer."""
     torch.manual_seed(0)
     model = fastlm.GPT(fastlm.GPTConfig.preset("gpt2", vocab_size=VOCABULARY)).to("cuda", torch.bfloat16).eval()
     prompt = torch.randint(VOCABULARY, (1, 64), device="cuda")
-    seconds = {}
-    for new in (64, 512):
-        seconds[new] = milliseconds(lambda new=new: model.generate(prompt, new, temperature=0.0), 3) / 1e3
-        print(f"GPT-2 124M, {new} new tokens: {new / seconds[new]:,.0f} tokens/s", flush=True)
-    print(f"a step: {(seconds[512] - seconds[64]) / 448 * 1e6:,.0f} µs")
+    layers = mock.patch.object(FusedStep, "suits", return_value=False)
+    for name, kernels in (("few kernels", nullcontext()), ("layer by layer", layers)):
+        seconds = {}
+        with kernels:
+            for new in (64, 512):
+                seconds[new] = milliseconds(lambda new=new: model.generate(prompt, new, temperature=0.0), 3) / 1e3
+                print(f"GPT-2 124M, {name}, {new} new tokens: {new / seconds[new]:,.0f} tokens/s", flush=True)
+        print(f"{name}, a step: {(seconds[512] - seconds[64]) / 448 * 1e6:,.0f} µs")
 
 
 def optimizer() -> None:

@@ -56,14 +56,14 @@ class FusedStep:
         model = self.model
         positions = cache.positions(1, last.device)
         h = model.embed(last, positions)  # (1, 1, C)
-        options: dict[str, Any] = {"alibi_slopes": None if model.alibi is None else model.alibi.value}
+        slopes = None if model.alibi is None else model.alibi.value
         rotation = None if model.rotary is None else model.rotary(positions)
         branch: Tensor | None = None
         blocks: list[Any] = list(model.blocks)
         for block in blocks:
             attention, mlp = block.attention, block.mlp
             qkv, h = self._linear(branch, h, block.norm_1, attention.qkv.weight, attention.qkv.bias)
-            y = attention.attend(qkv, rotation=rotation, cache=cache, layer=block.layer, **options)
+            y = attention.attend(qkv, rotation=rotation, alibi_slopes=slopes, cache=cache, layer=block.layer)
             branch, _ = self._linear(None, y.flatten(2), None, attention.proj.weight, attention.proj.bias)
             hidden, h = self._linear(branch, h, block.norm_2, mlp.fc.weight, mlp.fc.bias, mlp.activation)
             branch, _ = self._linear(None, hidden, None, mlp.proj.weight, mlp.proj.bias)

@@ -69,35 +69,9 @@ class Attention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        alibi_slopes: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        cache: Cache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        """x (B, T, C) -> (B, T, C).
-
-        Args:
-            rotation: cosines and sines of the angles of x's tokens (see `fastlm.ops.rotary`).
-            alibi_slopes: (H), float32.
-            cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
-            cache: keys and values of the tokens before; those of x are appended under `layer`.
-        """
-        attended = self.attend(
-            self.qkv(x),
-            rotation=rotation,
-            alibi_slopes=alibi_slopes,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            cache=cache,
-            layer=layer,
-        )
-        return self.proj(attended.flatten(2))
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the options are those of `attend`."""
+        return self.proj(self.attend(self.qkv(x), **options).flatten(2))
 
     def attend(
         self,
@@ -110,7 +84,14 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Between the projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H, D). The other arguments as for `forward`."""
+        """What stands between the projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H, D).
+
+        Args:
+            rotation: cosines and sines of the angles of the tokens (see `fastlm.ops.rotary`).
+            alibi_slopes: (H), float32.
+            cu_seqlens, max_seqlen: packed sequences, B = 1 (see `fastlm.ops.attention`).
+            cache: keys and values of the tokens before; those of qkv are appended under `layer`.
+        """
         options: dict[str, Any] = {
             "causal": self.causal,
             "scale": self.scale,

@@ -1,9 +1,9 @@
 """linear_cross_entropy on the GPU: blocks of rows against the whole vocabulary, in one workspace.
 
 A block's logits become the gradient of the logits in place (csrc/cross_entropy), and are gone before the next. The
-gradient of the weights is added up in float32 by the product itself (csrc/gemm, and where it makes float32 products the
-library, whose operand is scaled before). Nothing waits for the device: rows
-whose target is ignored are computed like the others, and have no gradient.
+gradient of the weights is added up in float32 by the product itself: by csrc/gemm, or by the library where that makes
+float32 products, of rows that were scaled before. Nothing waits for the device: rows whose target is ignored are
+computed like the others, and have no gradient.
 """
 
 from __future__ import annotations
