@@ -30,8 +30,21 @@ def show(console: Console, seconds: float = 0.0) -> str:
 
 def test_the_bar_has_loss_validation_speed_and_time_left() -> None:
     out = show(Console(file=io.StringIO(), force_terminal=True, width=200))
-    for words in ("12/20", "3.125", "val 2.500 (1.50 bits/byte)", "tok/s", "left", "[a note] in brackets"):
+    for words in ("12/20", "3.125", "val 1.500 bits/byte", "tok/s", "left", "[a note] in brackets"):
         assert words in out
+
+
+def test_the_bar_fits_into_80_columns() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    display = LiveDisplay(console)
+    display.start(0, 100_000)
+    display.evaluation(0, 10.0, 1.5)
+    display.speed.tokens_per_second, display.speed.steps_per_second = 999_900.0, 0.25
+    display.speed.update = lambda step, tokens: None  # type: ignore[method-assign]
+    display.step(1, 10.123, 100)
+    display.stop()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1/100000 loss 10.123  val 1.500 bits/byte 999.9k tok/s 111:06:36 left" in shown
 
 
 def test_a_log_gets_plain_lines_and_not_one_a_step() -> None:

@@ -10,7 +10,8 @@ from collections import deque
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 WINDOW_SECONDS = 10.0  # speed and time left are over the last so many seconds
@@ -99,6 +100,13 @@ class Speed:
         self.steps_per_second = (step - first) / seconds
 
 
+def _short(number: float) -> str:
+    """In at most six characters: 9,345, 16.6k, 1.2M."""
+    if number >= 1e6:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.1f}k" if number >= 1e4 else f"{number:,.0f}"
+
+
 class _Base:
     def __init__(self, console: Console):
         self.console = console
@@ -115,17 +123,15 @@ class _Base:
 
 
 class LiveDisplay(_Base):
-    """A rich progress bar: loss, validation, tokens/s, time left."""
+    """A rich progress bar: loss, validation, tokens/s, time left. All of it fits into 80 columns."""
 
     def start(self, step: int, steps: int) -> None:
         self.steps = steps
         self.progress = Progress(
-            TextColumn("training"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("[bold]loss {task.fields[loss]}[/]{task.fields[val]}"),
             TextColumn("{task.fields[speed]} tok/s"),
-            TimeElapsedColumn(),
             TextColumn("{task.fields[left]} left"),
             console=self.console,
             expand=True,
@@ -142,13 +148,12 @@ class LiveDisplay(_Base):
             completed=step,
             loss=f"{loss:.3f}",
             val=self.last_val,
-            speed=f"{self.speed.tokens_per_second:,.0f}",
+            speed=_short(self.speed.tokens_per_second),
             left=self._left(step),
         )
 
     def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None) -> None:
-        self.last_val = f"  val {val_loss:.3f}"
-        self.last_val += "" if bits_per_byte is None else f" ({bits_per_byte:.2f} bits/byte)"
+        self.last_val = f"  val {val_loss:.3f}" if bits_per_byte is None else f"  val {bits_per_byte:.3f} bits/byte"
         self.progress.update(self.task, val=self.last_val)
         self.speed.start(step)
 
