@@ -425,11 +425,15 @@ void row_linear_on_cuda(const std::array<Address, 8>& a, int64_t cols, int64_t o
   row_linear_cuda(p, at<void>(stream));
 }
 
-void column_sums_on_cuda(Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride, int type,
-                         int sums_type, Address stream) {
+int64_t column_sums_workspace(bool on_cuda, int64_t rows, int64_t cols) {
+  return on_cuda ? column_sums_workspace_cuda(rows, cols) : column_sums_workspace_cpu(rows, cols);
+}
+
+void column_sums(bool on_cuda, Address x, Address sums, Address workspace, int64_t rows, int64_t cols, int64_t stride,
+                 int type, int sums_type, Address stream) {
   const ColumnSums p{at<void>(x), at<void>(sums), at<float>(workspace), rows, cols, stride, dtype(type), dtype(sums_type)};
   py::gil_scoped_release release;
-  column_sums_cuda(p, at<void>(stream));
+  on_cuda ? column_sums_cuda(p, at<void>(stream)) : column_sums_cpu(p);
 }
 
 // rows: the address of AdamWRow on the device. grad_scale_on_device: of a float there, or 0.
@@ -495,8 +499,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_product", &packed_product);
   m.def("narrow_linear_workspace", &narrow_linear_workspace_cpu);
   m.def("skinny_linear", &skinny_linear);
-  m.def("column_sums_workspace_cuda", &column_sums_workspace_cuda);
-  m.def("column_sums_cuda", &column_sums_on_cuda);
+  m.def("column_sums_workspace", &column_sums_workspace);
+  m.def("column_sums", &column_sums);
   m.def("decode", &decode);
   m.def("lstm_forward", &lstm_forward);
   m.def("lstm_forward_workspace", &lstm_forward_workspace_cpu);

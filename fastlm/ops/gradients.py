@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.ops import native
+from fastlm.ops.native import DTYPE_CODE
+
+_SMALL = 1 << 15  # elements up to which torch sums on one thread, and sooner than a call of the kernel begins
 _MM_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8
 
 
@@ -50,6 +54,20 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != dy.dtype and writes_float32(dy):
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T @ x).to(dtype)
+
+
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy (N, F) summed over its rows, in float32 in an order that depends on the sizes alone: (F), in `dtype`."""
+    rows, cols = dy.shape
+    if dy.is_cpu and dy.numel() <= _SMALL:
+        return dy.sum(0, dtype=dtype)
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    sums = dy.new_empty(cols, dtype=dtype)
+    workspace = dy.new_empty(native.C.column_sums_workspace(dy.is_cuda, rows, cols), dtype=torch.float32)
+    pointers = dy.data_ptr(), sums.data_ptr(), workspace.data_ptr()
+    types = DTYPE_CODE[dy.dtype], DTYPE_CODE[dtype]
+    native.C.column_sums(dy.is_cuda, *pointers, rows, cols, dy.stride(0), *types, native.stream(dy))
+    return sums
 
 
 def writes_float32(operand: Tensor) -> bool:

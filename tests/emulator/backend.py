@@ -92,11 +92,11 @@ class Compiled:
         *arguments, _sms, _wgmma, stream = arguments
         module().gemm(*arguments, MULTIPROCESSORS, HOPPER, stream)
 
-    def column_sums_workspace_cuda(self, rows: int, cols: int) -> int:
-        return module().column_sums_workspace_cuda(rows, cols)
+    def column_sums_workspace(self, on_cuda: bool, rows: int, cols: int) -> int:
+        return module().column_sums_workspace(True, rows, cols)
 
-    def column_sums_cuda(self, *arguments: Any) -> None:
-        module().column_sums_cuda(*arguments)
+    def column_sums(self, on_cuda: bool, *arguments: Any) -> None:
+        module().column_sums(True, *arguments)
 
     def activation_backward_workspace_cuda(self, rows: int, cols: int) -> int:
         return module().activation_backward_workspace_cuda(rows, cols)

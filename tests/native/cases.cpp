@@ -16,6 +16,7 @@
 #include "embedding/embedding.h"
 #include "gpt/decode.h"
 #include "layer_norm/layer_norm.h"
+#include "linear/column_sums.h"
 #include "linear/narrow.h"
 #include "linear/packed.h"
 #include "linear/skinny.h"
@@ -154,6 +155,13 @@ void optimizer(int64_t numel, DType p_type, DType g_type, bool amsgrad) {
   record("optimizer", {&param, &m, &v, &largest, &shadow, &other, &norm, &scale});
 }
 
+void column_sums(int64_t rows, int64_t cols, DType type) {
+  const int64_t stride = cols + 3;
+  Tensor x((rows - 1) * stride + cols, type, 1), sums(cols, f32), workspace(column_sums_workspace_cpu(rows, cols), f32);
+  column_sums_cpu({x.data, sums.data, workspace.floats(), rows, cols, stride, type, f32});
+  record("column_sums", {&sums});
+}
+
 void skinny_linear(int64_t rows, int64_t cols, int64_t depth, DType type) {
   Tensor x(rows * (depth + 3) - 3, type, 1), weight(cols * (depth + 5) - 5, type, 2), bias(cols, type, 3), y(rows * cols, type);
   skinny_linear_cpu({x.data, weight.data, bias.data, y.data, rows, cols, depth, depth + 3, depth + 5, type});
@@ -282,6 +290,9 @@ void small_cases() {
   optimizer(37, f32, f32, false);
   optimizer(4099, bf16, bf16, true);
   optimizer(5, f16, f32, true);
+  column_sums(1, 1, f32);
+  column_sums(71, 37, bf16);
+  column_sums(131, 67, f16);
   skinny_linear(1, 37, 33, f32);
   skinny_linear(7, 19, 67, bf16);
   skinny_linear(2, 6, 32, bf16);
@@ -321,6 +332,7 @@ void large_cases() {
     shared("activation", [&] { activation(70, 1024, Activation::swiglu, type); });
     shared("cross_entropy", [&] { cross_entropy(20, 3001, 0.0f, type); });
     shared("optimizer", [&] { optimizer(200003, type, type, false); });
+    shared("column_sums", [&] { column_sums(300, 301, type); });
     shared("skinny_linear", [&] { skinny_linear(4, 301, 768, type); });
     shared("narrow_linear", [&] { narrow_linear(70, 301, 768, type, type, type); });
     shared("packed_product", [&] { packed_product(110, 601, 200, type, type, type); });

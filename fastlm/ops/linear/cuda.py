@@ -1,17 +1,15 @@
-"""The linear layer on the GPU: products by PyTorch's library, the bias gradient by csrc/linear/column_sums.cu."""
+"""The linear layer on the GPU: products by PyTorch's library, the bias gradient by a kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastlm.ops import native
 from fastlm.ops.checks import autocast_off
-from fastlm.ops.gradients import weight_gradient
+from fastlm.ops.gradients import bias_gradient, weight_gradient
 from fastlm.ops.linear.native import unsupported
-from fastlm.ops.native import DTYPE_CODE
 
-__all__ = ["backward", "column_sums", "forward", "unsupported"]
+__all__ = ["backward", "forward", "unsupported"]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,16 +28,4 @@ def backward(
     with autocast_off(x):
         dx = torch.mm(dys, weight).view(x.shape) if needs[0] else dy.new_empty(0)
         dweight = weight_gradient(dys, rows, dtype) if needs[1] else dy.new_empty(0, dtype=dtype)
-    return dx, dweight, column_sums(dys, dtype) if needs[2] else dy.new_empty(0, dtype=dtype)
-
-
-def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (M, N) summed over its rows, in float32 in an order that depends on the sizes alone: (N), in `dtype`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    rows, cols = x.shape
-    sums = x.new_empty(cols, dtype=dtype)
-    workspace = x.new_empty(native.C.column_sums_workspace_cuda(rows, cols), dtype=torch.float32)
-    pointers = x.data_ptr(), sums.data_ptr(), workspace.data_ptr()
-    types = DTYPE_CODE[x.dtype], DTYPE_CODE[dtype]
-    native.C.column_sums_cuda(*pointers, rows, cols, x.stride(0), *types, native.stream(x))
-    return sums
+    return dx, dweight, bias_gradient(dys, dtype) if needs[2] else dy.new_empty(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The linear layer: on the CPU by products.py, elsewhere by PyTorch's library."""
+"""The linear layer on the CPU, by products.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlm.ops import memory, products
 from fastlm.ops.checks import autocast_off
+from fastlm.ops.gradients import bias_gradient
 from fastlm.ops.native import DTYPE_CODE
 
 
@@ -19,12 +20,12 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     width, depth = weight.shape
     count = x.numel() // depth
-    if x.is_cpu and count <= products.SKINNY_ROWS and weight.stride(1) == 1:
+    if count <= products.SKINNY_ROWS and weight.stride(1) == 1:
         y = x.new_empty(*x.shape[:-1], width)
         products.skinny(x, weight, bias, y, count)
         return y
     with autocast_off(x):
-        return memory.reshaped(_product(x.reshape(-1, depth), weight, bias), *x.shape[:-1], width)
+        return memory.reshaped(products.linear(x.reshape(-1, depth), weight, bias), *x.shape[:-1], width)
 
 
 def backward(
@@ -32,15 +33,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dys, xs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     with autocast_off(x):
-        dx = _product(dys, weight.t()).view(x.shape) if needs[0] else dy.new_empty(0)
-        dweight = _product(dys.t(), xs.t(), dtype=dtype) if needs[1] else dy.new_empty(0, dtype=dtype)
-        dbias = dys.sum(0, dtype=dtype) if needs[2] else dy.new_empty(0, dtype=dtype)
+        dx = products.linear(dys, weight.t()).view(x.shape) if needs[0] else dy.new_empty(0)
+        dweight = products.linear(dys.t(), xs.t(), dtype=dtype) if needs[1] else dy.new_empty(0, dtype=dtype)
+        dbias = bias_gradient(dys, dtype) if needs[2] else dy.new_empty(0, dtype=dtype)
     return dx, dweight, dbias
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T + bias, in x's dtype or `dtype`; x (N, C), weight (F, C)."""
-    if x.is_cpu:
-        return products.linear(x, weight, bias, dtype)
-    product = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    return product if dtype is None else product.to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import gemm, native
-from fastlm.ops.linear.cuda import column_sums
+from fastlm.ops.gradients import bias_gradient
 from fastlm.ops.mlp import reference
 from fastlm.ops.mlp.native import CODE, unsupported
 from fastlm.ops.mlp.reference import GATED
@@ -111,7 +111,7 @@ def mlp_backward(
     if hidden is not None:
         gemm.product(dys.T, hidden.T, dproj_weight)
         del hidden
-    dproj_bias = column_sums(dys, dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
+    dproj_bias = bias_gradient(dys, dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
     return (*_linear_gradients(dpre, x, fc_weight, needs, dtype), dfc_bias, dproj_weight, dproj_bias)
 
 

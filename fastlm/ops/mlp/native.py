@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.ops import memory, native, products
 from fastlm.ops.checks import autocast_off
+from fastlm.ops.gradients import bias_gradient
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from fastlm.ops.native import DTYPE_CODE, pointer
 
@@ -121,7 +122,7 @@ def mlp_backward(
             dbias = _activate_backward(pre_part, dhidden, dpre, kept, activation, needs[2], dtype)
             dproj_weight.add(dy_part, hidden)
             fc.add(block, dpre, dbias)
-    dproj_bias = dys.sum(0, dtype=dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
+    dproj_bias = bias_gradient(dys, dtype) if needs[4] else dy.new_empty(0, dtype=dtype)
     return fc.dx, fc.dweight.result(), fc.dbias(), dproj_weight.result(), dproj_bias
 
 
