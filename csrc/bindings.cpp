@@ -185,7 +185,6 @@ void packed_product(Address a, int64_t a_stride, bool a_transposed, int a_type, 
                         cols,
                         depth,
                         out_stride,
-                        dtype(b_type),
                         dtype(out_type),
                         accumulate};
   py::gil_scoped_release release;

@@ -120,8 +120,6 @@ unsigned blocks(int64_t n) {
   return static_cast<unsigned>(n);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T>
 void forward(const EmbeddingForward& p, cudaStream_t stream) {
   const bool vectors = p.cols % kVector == 0 && vector_aligned(p.weight, p.weight_stride, sizeof(T)) &&

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda/platform.h"
+#include "common/cuda/launch.h"
 #include "gemm/gemm.h"
 
 namespace fastlm::cuda {
@@ -20,8 +20,6 @@ struct GemmPlan {
   int64_t splits;
   int64_t split_k;   // elements of k a split
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Throws std::invalid_argument beyond what a CUDA grid can hold.
 inline dim3 grid_of(int64_t x, int64_t y) {

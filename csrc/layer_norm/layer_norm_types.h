@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/cuda/launch.h"
 #include "common/cuda/vector.h"
 #include "layer_norm/layer_norm.h"
 
@@ -32,8 +33,6 @@ bool with_common_types(DType x, DType h, DType w, F&& f) {
   if (h == DType::f32 && w == DType::f32) return f(Type<float>(), Type<float>(), Type<float>()), true;
   return false;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A one-dimensional grid. Throws std::invalid_argument beyond what gridDim.x can hold.
 inline dim3 blocks_for(int64_t n) {

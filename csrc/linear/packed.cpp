@@ -161,10 +161,8 @@ void block_product(const PackedProduct& p, const Block& block, const Room& room)
   Square<float> sums{room.sums, kPanels * kPanel};
   if (in_place) sums = {static_cast<float*>(p.out) + block.row * p.out_stride + block.col, p.out_stride};
   if (p.bias != nullptr) {
-    with_type(p.bias_type, [&](auto type) {
-      const auto* const bias = static_cast<const decltype(type)*>(p.bias) + block.col;
-      over_row(block.cols, [&](auto at, int64_t c, int) { at.store(room.bias + c, at.load(bias + c)); });
-    });
+    const B* const bias = static_cast<const B*>(p.bias) + block.col;
+    over_row(block.cols, [&](auto at, int64_t c, int) { at.store(room.bias + c, at.load(bias + c)); });
   }
   const int64_t panels = parts_of(block.cols, kPanel);
   const int64_t most = block_depth(parts_of(p.depth, N::step)) * N::step;

@@ -18,10 +18,10 @@ struct Operand {
 
 struct PackedProduct {
   Operand a, b;
-  const void* bias;  // of `bias_type`; null: none
+  const void* bias;  // of b's type; null: none
   void* out;         // rows `out_stride` elements apart
   int64_t rows, cols, depth, out_stride;
-  DType bias_type, out_type;
+  DType out_type;
   bool accumulate;            // add to `out`, which is float then; without a bias
 };
 

@@ -14,14 +14,13 @@
 
 namespace fastlm {
 
-constexpr float kSampleOne = 0x1p40f;                      // the weight of the most likely token
-constexpr int64_t kSampleMaxVocabulary = int64_t{1} << 22;  // sums of weights stay below 2^63
+constexpr float kSampleOne = 0x1p40f;  // the weight of the most likely token
 
 struct Sample {
   const void* logits;        // (rows, vocabulary), rows contiguous
   int64_t* ids;              // (rows); -1 where a row has a NaN, no finite logit, or +inf
   const int64_t* rng_state;  // (seed, offset); null where greedy
-  int64_t rows, vocabulary, stride;
+  int64_t rows, vocabulary, stride;  // vocabulary: at most 2^22, so that sums of weights stay below 2^63
   bool state_a_row;     // rng_state is (rows, 2), and the counter's row is 0: a row's token does not depend on its place
   float temperature;    // 0: the first of the largest logits
   int64_t top_k;        // 0: all

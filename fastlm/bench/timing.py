@@ -44,9 +44,9 @@ class Result:
 class Comparison:
     """The same work done by several peers in one run."""
 
-    group: str  # "op", "step", "generation", "overhead"
+    group: str  # "op", "lstm", "step", "generation", "overhead", "memory"
     name: str  # what was done: an op and its case, a model and its batch
-    mode: str  # "forward", "forward+backward", "step", "decode"
+    mode: str  # "forward", "forward+backward", "step", "greedy", "peak memory"
     dtype: str
     results: list[Result]
 

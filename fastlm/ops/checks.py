@@ -47,6 +47,30 @@ def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...], meaning: str) 
         raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(wanted)}, got {tuple(t.shape)}")
 
 
+def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", gated: bool = False) -> None:
+    """The contract of x @ weight.T + bias. Plain conditions stand in front of the checks that word the errors: a call
+    of one costs as much as a small product."""
+    name, bias_name = f"{prefix}weight", f"{prefix}bias"
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} must have shape ({'2F' if gated else 'F'}, C), C = {x.shape[-1]} as in x of shape"
+            f" {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: {name} must not be empty, got shape {tuple(weight.shape)}")
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"{op}: {name} of a gated activation must have an even number of rows, got {weight.shape[0]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        shape(op, bias_name, bias, (weight.shape[0],), "(2F)" if gated else "(F)")
+    if x.dtype not in FLOATS or not alike(x, weight, bias):
+        tensors = {name: weight, bias_name: bias}
+        floating(op, x=x, **tensors)
+        same_device(op, "x", x, **tensors)
+        same_dtype(op, "x", x, **tensors)
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which sums and statistics are taken: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -59,14 +59,15 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """dy (N, F) summed over its rows, in float32 in an order that depends on the sizes alone: (F), in `dtype`."""
     rows, cols = dy.shape
-    if dy.is_cpu and dy.numel() <= _SMALL:
+    on_cuda = native.on_cuda(dy)
+    if not on_cuda and dy.numel() <= _SMALL:
         return dy.sum(0, dtype=dtype)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     sums = dy.new_empty(cols, dtype=dtype)
-    workspace = dy.new_empty(native.C.column_sums_workspace(dy.is_cuda, rows, cols), dtype=torch.float32)
+    workspace = dy.new_empty(native.C.column_sums_workspace(on_cuda, rows, cols), dtype=torch.float32)
     pointers = dy.data_ptr(), sums.data_ptr(), workspace.data_ptr()
     types = DTYPE_CODE[dy.dtype], DTYPE_CODE[dtype]
-    native.C.column_sums(dy.is_cuda, *pointers, rows, cols, dy.stride(0), *types, native.stream(dy))
+    native.C.column_sums(on_cuda, *pointers, rows, cols, dy.stride(0), *types, native.stream(dy))
     return sums
 
 

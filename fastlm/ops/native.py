@@ -66,7 +66,7 @@ def takes_tensors() -> bool:
 
     Those functions check the contract themselves, and return None for what is out of the ordinary, GPU tensors too.
     """
-    return not library.watched() and registry._forced in ("auto", "cpu") and reads_tensors()
+    return not library.watched() and registry.may_run("cpu") and reads_tensors()
 
 
 def pointer(t: Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """Which backends there are, what each supports, and which one runs a call.
 
-A backend of an op is a module with the raw functions of that op (`forward`, `backward`, or `step` for the optimizer)
-and with `unsupported(*call)`: None where it can run the call, else the reason why not, in a few words. Everything else
+A backend of an op is a module with the raw functions of that op (mostly `forward` and `backward`; the optimizer has
+`step`) and with `unsupported(*call)`: None where it can run the call, else the reason why not, in a few words. Everything else
 of the op (contract, autograd, schema, fake) stands once, in the op's own `__init__.py`.
 
     with fastlm.backend("reference"):       # or FASTLM_BACKEND=reference
@@ -95,6 +95,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def may_run(name: str) -> bool:
+    """Whether `backend` leaves the choice open, or is this one."""
+    return _forced in ("auto", name)
 
 
 def unavailable(name: str) -> str | None:

@@ -183,7 +183,7 @@ void packed_product(int64_t rows, int64_t cols, int64_t depth, DType a_type, DTy
     Tensor a((a_turned ? depth : rows) * a_stride - 3, a_type, 1), b((b_turned ? cols : depth) * b_stride - 5, b_type, 2);
     Tensor bias(cols, b_type, 3), out(rows * (cols + 2) - 2, out_type, 4);
     packed_product_cpu({{a.data, a_stride, a_turned, a_type}, {b.data, b_stride, b_turned, b_type}, add ? nullptr : bias.data,
-                        out.data, rows, cols, depth, cols + 2, b_type, out_type, add});
+                        out.data, rows, cols, depth, cols + 2, out_type, add});
     record("packed_product", {&out});
   }
 }

@@ -1,5 +1,6 @@
 // Launching a kernel: the one place that starts one, checks the launch and says what failed.
 #pragma once
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -9,6 +10,8 @@
 #include "common/cuda/platform.h"
 
 namespace fastlm::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Launch {
   dim3 grid;

@@ -78,7 +78,7 @@ def table_of(
     """The kernel's table, and on a GPU its chunks, made in C++. None: somebody looks at the calls, another backend is
     forced, or a tensor is not packed or breaks the contract."""
     on_cuda = params[0].is_cuda
-    if library.watched() or registry._forced not in ("auto", params[0].device.type) or not native.reads_tensors():
+    if library.watched() or not registry.may_run(params[0].device.type) or not native.reads_tensors():
         return None
     if on_cuda and native.cuda_unavailable() is not None:
         return None

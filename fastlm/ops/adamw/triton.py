@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.ops import checks
-from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, cdiv
+from fastlm.ops import native
+from fastlm.ops.adamw.native import unsupported as unsupported
+from fastlm.ops.triton_support import Config, Example, Kernel, cdiv
 
 
 @functools.cache
@@ -20,15 +20,6 @@ def _candidates(arch: str, problem: tuple) -> tuple[Config, ...]:
 
 
 STEP = Kernel("fastlm.ops.adamw.triton_kernels:step", _candidates)
-
-
-def unsupported(params: Sequence[Tensor], grads: Sequence[Tensor], *rest: Any) -> str | None:
-    for t in (*params, *grads):
-        if t.dtype not in FLOATS:
-            return f"its kernel is for float32, bfloat16 and float16, got {t.dtype}"
-        if type(t) not in checks.PLAIN:
-            return f"a parameter or gradient is a {type(t).__name__}"
-    return None
 
 
 def step(
@@ -61,37 +52,19 @@ def step(
         1 - beta2**step,
         eps,
     )
-    device = params[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, scale, numbers)
-    else:
-        _update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, scale, numbers)
-
-
-def _update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
-    masters: Sequence[Tensor | None],
-    scale: Tensor | None,
-    numbers: tuple[float, ...],
-) -> None:
     config = STEP.config(params[0].device, ())
-    for p, grad, m, v, v_max, master in zip(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, strict=True
-    ):
-        updated, shadow = (p, None) if master is None else (master, p)
-        # The kernel reads and writes packed memory. What is not: a second pass.
-        packed = p.is_contiguous()
-        if not packed:
-            updated, shadow = updated.contiguous(), None
-        grid = (cdiv(m.numel(), config["BLOCK"]), 1, 1)
-        STEP(config, grid, updated, grad.contiguous(), m, v, v_max, shadow, scale, m.numel(), *numbers)
-        if not packed:
-            p.copy_(updated)
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, strict=True)
+    with native.on_its_device(params[0]):
+        for p, grad, m, v, v_max, master in tensors:
+            updated, shadow = (p, None) if master is None else (master, p)
+            # The kernel reads and writes packed memory. What is not: a second pass.
+            packed = p.is_contiguous()
+            if not packed:
+                updated, shadow = updated.contiguous(), None
+            grid = (cdiv(m.numel(), config["BLOCK"]), 1, 1)
+            STEP(config, grid, updated, grad.contiguous(), m, v, v_max, shadow, scale, m.numel(), *numbers)
+            if not packed:
+                p.copy_(updated)
 
 
 def examples(device: torch.device) -> Iterator[Example]:

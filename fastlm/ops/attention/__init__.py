@@ -97,7 +97,19 @@ def attention(
         ValueError: shapes, dtypes, devices or options do not fit together.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
-    call = _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
+    call = _prepare(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
     q, k, v, alibi_slopes, cu_seqlens, _, *options = call
     backend = registry.choose("attention", q.device.type, call)
     rng_state = philox.draw_state(q.device) if dropout_p > 0 else None
@@ -109,7 +121,21 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen) -> tuple:
+def _prepare(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    dropout_p=0.0,
+    cu_seqlens=None,
+    max_seqlen=None,
+    return_lse=False,
+) -> tuple[Any, ...]:
     """Check the contract; the arguments of the raw op, with None in the place of rng_state.
 
     Plain conditions stand in front of the checks that word the errors: calls cost time in each step of decoding.
@@ -158,7 +184,7 @@ def _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, c
         raise ValueError(f"{op}: max_seqlen goes with cu_seqlens, got max_seqlen={max_seqlen} alone")
     elif max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen must not be negative, got {max_seqlen}")
-    options = (bool(causal), scale, left, right, float(softcap), float(dropout_p), max_seqlen)
+    options = (scale, left, right, float(softcap), float(dropout_p), max_seqlen)
     return q, k, v, alibi_slopes, cu_seqlens, None, *options
 
 
@@ -256,10 +282,10 @@ def _backward_fake(dout, dlse, q, k, v, *arguments):
 
 
 _OPTIONS = (
-    "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? rng_state, bool causal, float scale, int window_left,"
+    "Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? rng_state, float scale, int window_left,"
     " int window_right, float softcap, float dropout_p, SymInt max_seqlen, str backend"
 )
-# window_left, window_right: -1 for no bound; where causal, window_right is 0, so that a backend may look at it alone.
+# window_left, window_right: -1 for no bound; causal is window_right = 0.
 # rng_state: (seed, offset) int64, there exactly where dropout_p > 0. -> out (B, T, H, D), lse (B, H, T)
 _forward = library.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward_impl, _forward_fake
@@ -273,22 +299,4 @@ _backward = library.define(
 )
 
 
-def _prepare_attention(
-    q,
-    k,
-    v,
-    *,
-    causal=False,
-    scale=None,
-    window=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    dropout_p=0.0,
-    cu_seqlens=None,
-    max_seqlen=None,
-    return_lse=False,
-) -> tuple[Any, ...]:
-    return _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
-
-
-registry.register("attention", _prepare_attention, reference=reference, cpu=native, cuda=native, triton=triton)
+registry.register("attention", _prepare, reference=reference, cpu=native, cuda=native, triton=triton)

@@ -66,20 +66,7 @@ def attention_qkvpacked(
     return _forward(*arguments)[0]
 
 
-def _prepare_qkvpacked(
-    qkv,
-    n_head,
-    n_kv_head=None,
-    *,
-    causal=False,
-    scale=None,
-    window=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    dropout_p=0.0,
-    cu_seqlens=None,
-    max_seqlen=None,
-) -> tuple:
+def _prepare_qkvpacked(qkv, n_head, n_kv_head=None, **options) -> tuple:
     """The arguments of `attention`'s raw op. Autograd does not follow them: qkv has one gradient."""
     op = "attention_qkvpacked"
     n_kv_head = n_head if n_kv_head is None else n_kv_head
@@ -92,7 +79,7 @@ def _prepare_qkvpacked(
         )
     (qkv,) = checks.detached(op, qkv)
     q, k, v = _heads(qkv, n_head, n_kv_head)
-    return _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
+    return _prepare(q, k, v, **options)
 
 
 def _heads(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, ...]:

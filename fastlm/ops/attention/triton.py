@@ -54,7 +54,6 @@ def forward(
     alibi_slopes: Tensor | None,
     cu_seqlens: Tensor | None,
     rng_state: Tensor | None,
-    causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
@@ -105,7 +104,6 @@ def backward(
     alibi_slopes: Tensor | None,
     cu_seqlens: Tensor | None,
     rng_state: Tensor | None,
-    causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
@@ -296,7 +294,7 @@ def _example(device: torch.device, width: int, dtype: torch.dtype, **traits: boo
         state = torch.ones(2, dtype=torch.int64, device=device) if every else None
         causal = "causal" in traits
         softcap, dropout_p = (30.0, 0.1) if every else (0.0, 0.0)
-        options = causal, width**-0.5, 512 if every else -1, 0 if causal else -1, softcap, dropout_p, 4096
+        options = width**-0.5, 512 if every else -1, 0 if causal else -1, softcap, dropout_p, 4096
         out, lse = forward(q, k, v, slopes, ends, state, *options)
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         backward(out, lse if every else None, q, k, v, out, lse, slopes, ends, state, *options, *gradients)

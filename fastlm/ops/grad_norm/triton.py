@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastlm.ops import native
 from fastlm.ops.grad_norm.native import unsupported as unsupported
 from fastlm.ops.triton_support import Config, Example, Kernel, cdiv
 
@@ -30,23 +31,16 @@ FINISH = Kernel(f"{MODULE}:finish", _finish)
 
 def norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     device = gradients[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _norm(gradients, max_norm)
-    return _norm(gradients, max_norm)
-
-
-def _norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    device = gradients[0].device
     config = SQUARES.config(device, ())
     chunks = [cdiv(g.numel(), config["CHUNK"]) for g in gradients]
     sums = torch.empty(sum(chunks), dtype=torch.float64, device=device)
     result = torch.empty(2, dtype=torch.float32, device=device)
     first = 0
-    for g, count in zip(gradients, chunks, strict=True):
-        SQUARES(config, (count, 1, 1), g.contiguous(), sums, g.numel(), first)
-        first += count
-    FINISH(FINISH.config(device, ()), (1, 1, 1), sums, result, first, max_norm)
+    with native.on_its_device(gradients[0]):
+        for g, count in zip(gradients, chunks, strict=True):
+            SQUARES(config, (count, 1, 1), g.contiguous(), sums, g.numel(), first)
+            first += count
+        FINISH(FINISH.config(device, ()), (1, 1, 1), sums, result, first, max_norm)
     return result[0], result[1]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off
-from fastlm.ops.mlp.reference import linear_backward
+from fastlm.ops.gradients import weight_gradient
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -24,5 +24,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y = x @ weight.T + bias: dx, and in `dtype` dweight and dbias; each empty where `needs` says that
+    nobody asks."""
+    needs_dx, needs_dweight, needs_dbias = needs
+    rows = dy.reshape(-1, dy.shape[-1])  # (N, F)
     with autocast_off(x):
-        return linear_backward(dy, x, weight, needs, dtype)
+        return (
+            (rows @ weight).view(x.shape[:-1] + weight.shape[1:]) if needs_dx else dy.new_empty(0),
+            weight_gradient(rows, x.reshape(-1, x.shape[-1]), dtype) if needs_dweight else dy.new_empty(0, dtype=dtype),
+            rows.sum(0, dtype=dtype) if needs_dbias else dy.new_empty(0, dtype=dtype),
+        )

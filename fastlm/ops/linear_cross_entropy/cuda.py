@@ -24,9 +24,8 @@ __all__ = ["backward", "forward", "unsupported"]
 # products take 0.6 TFLOP: at 3 TB/s and 600 TFLOP/s a tenth of the time. With 48 MB it would be a third.
 BLOCK_BYTES = 256 << 20
 
-_ROWS = (
-    256  # a block is a multiple of these: every tile of its products is full, on Hopper, where they go in pairs, too
-)
+# A block is a multiple of these rows: every tile of its products is full, on Hopper, where they go in pairs, too.
+_ROWS = 256
 _COLUMNS = 64  # rows of logits begin on a 128-byte line
 
 

@@ -76,29 +76,6 @@ def mlp(
     return _mlp_forward(*call, False, backend)[0]
 
 
-def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, gated: bool) -> None:
-    """The contract of x @ weight.T + bias. Plain conditions stand in front of the checks that word the errors."""
-    name, bias_name = f"{prefix}weight", f"{prefix}bias"
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{op}: {name} must have shape ({'2F' if gated else 'F'}, C), C = {x.shape[-1]} as in x of shape"
-            f" {tuple(x.shape)}, got {tuple(weight.shape)}"
-        )
-    if 0 in weight.shape:
-        raise ValueError(f"{op}: {name} must not be empty, got shape {tuple(weight.shape)}")
-    if gated and weight.shape[0] % 2:
-        raise ValueError(f"{op}: {name} of a gated activation must have an even number of rows, got {weight.shape[0]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        checks.shape(op, bias_name, bias, (weight.shape[0],), "(2F)" if gated else "(F)")
-    if x.dtype not in checks.FLOATS or not checks.alike(x, weight, bias):
-        tensors = {name: weight, bias_name: bias}
-        checks.floating(op, x=x, **tensors)
-        checks.same_device(op, "x", x, **tensors)
-        checks.same_dtype(op, "x", x, **tensors)
-
-
 def _check_activation(op: str, activation: str) -> bool:
     """True where the activation is gated; ValueError where there is no such one."""
     if activation not in ACTIVATIONS:
@@ -112,7 +89,7 @@ def _prepare_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """Check the contract; the arguments of the raw op (under autocast without their history)."""
     gated = _check_activation("linear_act", activation)
     x, weight, bias = checks.autocast_detached("linear_act", x, weight, bias)
-    _check_linear("linear_act", x, weight, bias, "", gated)
+    checks.linear("linear_act", x, weight, bias, gated=gated)
     return x, weight, bias, activation
 
 
@@ -128,7 +105,7 @@ def _prepare_mlp(
     gated = _check_activation("mlp", activation)
     tensors = checks.autocast_detached("mlp", x, fc_weight, fc_bias, proj_weight, proj_bias)
     x, fc_weight, fc_bias, proj_weight, proj_bias = tensors
-    _check_linear("mlp", x, fc_weight, fc_bias, "fc_", gated)
+    checks.linear("mlp", x, fc_weight, fc_bias, prefix="fc_", gated=gated)
     hidden = fc_weight.shape[0] // 2 if gated else fc_weight.shape[0]
     if proj_weight.dim() != 2 or proj_weight.shape[1] != hidden:
         rows = f"half the {fc_weight.shape[0]} rows" if gated else "the rows"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off, statistics_dtype
-from fastlm.ops.gradients import weight_gradient
+from fastlm.ops.linear.reference import backward as linear_backward
 
 GATED = {"swiglu": "silu", "geglu": "gelu"}  # gated activation -> the activation of its gate
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "relu2", "silu", *GATED)
@@ -76,20 +76,6 @@ def mlp_backward(
         dpre = activate_backward(dhidden, pre, activation)
         del dhidden
         return (*linear_backward(dpre, x, fc_weight, needs_fc, dtype), dproj_weight, dproj_bias)
-
-
-def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y = x @ weight.T + bias: dx, and in `dtype` dweight and dbias; each empty where `needs` says that
-    nobody asks."""
-    needs_dx, needs_dweight, needs_dbias = needs
-    rows = dy.reshape(-1, dy.shape[-1])  # (N, F)
-    return (
-        (rows @ weight).view(x.shape[:-1] + weight.shape[1:]) if needs_dx else dy.new_empty(0),
-        weight_gradient(rows, x.reshape(-1, x.shape[-1]), dtype) if needs_dweight else dy.new_empty(0, dtype=dtype),
-        rows.sum(0, dtype=dtype) if needs_dbias else dy.new_empty(0, dtype=dtype),
-    )
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:

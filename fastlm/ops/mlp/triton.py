@@ -17,7 +17,8 @@ from torch import Tensor
 from fastlm.ops import memory
 from fastlm.ops.checks import autocast_off
 from fastlm.ops.gradients import weight_gradient
-from fastlm.ops.mlp.reference import ACTIVATIONS, GATED, linear_backward
+from fastlm.ops.linear.reference import backward as linear_backward
+from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
 from fastlm.ops.triton_support import FLOATS, Config, Example, Kernel, architecture, cdiv, gemm
 from fastlm.ops.triton_support.column_sum import column_sum
 
