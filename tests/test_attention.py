@@ -332,3 +332,15 @@ def test_qkvpacked_bad_input(change: dict, message: str) -> None:
     arguments = {"qkv": torch.randn(2, 5, 48), "n_head": 4, "n_kv_head": 1}
     with pytest.raises(ValueError, match=f"attention.*: .*{message}"):
         attention_qkvpacked(**{**arguments, **change})
+
+
+def test_the_boundaries_of_packed_sequences_may_have_any_stride(backend: str) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv(batch=1, length=8, columns=8))
+    boundaries = torch.tensor([[0, 7], [3, 7], [8, 7]], dtype=torch.int32)[:, 0]
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+    results = []
+    for cu_seqlens in (boundaries, boundaries.contiguous()):
+        out = attention(q, k, v, cu_seqlens=cu_seqlens)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
+    for strided, packed in zip(*results, strict=True):
+        assert torch.equal(strided, packed)

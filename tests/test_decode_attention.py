@@ -138,6 +138,7 @@ Q, CACHE, LENGTHS = torch.randn(2, 1, 4, 16), torch.randn(2, 8, 2, 16), torch.te
         ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must have shape \(H\) = \(4,\) or .* got \(3,\)"),
         ({"q": Q.clone().requires_grad_()}, "has no backward pass"),
+        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "has no backward pass"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:

@@ -276,3 +276,21 @@ def test_bad_input() -> None:
         call(x, weight, targets, softcap=float("nan"))
     with pytest.raises(ValueError, match=r"x must be float32, bfloat16, float16 or float64, got torch.int64"):
         call(x.long(), weight, targets)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_later_backward_pass_leaves_the_gradients_of_the_one_before_alone(reduction: str) -> None:
+    x, weight, targets = inputs()
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, reduction=reduction)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(loss * 0.5, leaves)
+    for kept, copy, half in zip(first, copies, second, strict=True):
+        assert torch.equal(kept, copy)
+        torch.testing.assert_close(half, copy * 0.5)
+
+
+def test_a_logit_of_minus_infinity() -> None:
+    x, weight = torch.tensor([[1e20, 0.0]]), torch.tensor([[1.0, 0.0], [-1e20, 0.0], [0.5, 0.0]])
+    assert linear_cross_entropy(x, weight, torch.tensor([0])).item() == 0.0

@@ -307,3 +307,12 @@ def test_the_library_lags_on_amds_processors_alone(vendor: str, lags: bool, monk
     assert products.library_lags.__wrapped__() is lags
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not products.library_lags.__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_beside_a_float32_result_of_halves(dtype: torch.dtype) -> None:
+    """Few rows and columns, where no kernel of ours is in the way."""
+    a, b, bias = matrix(20, 5, dtype), matrix(5, 31, dtype), matrix(1, 31, dtype)[0]
+    out = torch.empty(20, 31)
+    products.mm(a, b, out, bias)
+    torch.testing.assert_close(out, a.float() @ b.float() + bias.float(), rtol=1e-2, atol=1e-2)

@@ -36,6 +36,7 @@ def angles_of(arguments: dict) -> dict:
             {"positions": torch.zeros(4, dtype=torch.int64)},
             r"positions must have shape \(T\) = \(5,\) or .* got \(4,\)",
         ),
+        ({"cos": ANGLES.clone().requires_grad_()}, "cos and sin get no gradient, but one of them requires it"),
         ({"q": Q.clone().requires_grad_(), "inplace": True}, "inplace is for calls without gradients, but q requires"),
         ({"k": K[:1].expand(2, 5, 2, 16), "inplace": True}, "inplace cannot write to k, whose elements share memory"),
     ],

@@ -253,3 +253,35 @@ def test_a_tensor_that_has_outlived_a_transform(case: Case) -> None:
     wanted, got = (outputs_of(getattr(ops, case.op)(**{**arguments, **others, name: x})) for x in (plain, kept[0]))
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", first_cases(), ids=lambda c: c.op)
+def test_a_second_derivative_is_refused_whatever_the_gradient_that_came_in(case: Case) -> None:
+    """A loss's own gradient requires none: a penalty on the gradients was gone in silence."""
+    op, arguments = call_of(case)
+    leaves = {name: t.detach().requires_grad_() for name, t in differentiable(arguments).items()}
+    smooth = [t for t in outputs_of(op(**{**arguments, **leaves})) if t.requires_grad] if leaves else []
+    if not smooth:
+        pytest.skip("it has no first derivative")
+    loss = sum(t.sum() for t in smooth)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        sum(g.square().sum() for g in gradients if g is not None).backward()
+
+
+@pytest.mark.parametrize("case", first_cases(), ids=lambda c: c.op)
+def test_on_meta_tensors_there_are_shapes(case: Case) -> None:
+    op, arguments = call_of(case)
+    if "in-place" in case.traits:
+        pytest.skip("nothing comes back")
+    with torch.no_grad():
+        wanted = outputs_of(op(**arguments))
+        made = outputs_of(
+            op(**{k: v.to("meta") if isinstance(v, Tensor) else _on_meta(v) for k, v in arguments.items()})
+        )
+    for a, b in zip(made, wanted, strict=True):
+        assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
+
+
+def _on_meta(value: Any) -> Any:
+    return [t.to("meta") for t in value] if isinstance(value, list) else value

@@ -63,9 +63,11 @@ void one_row(const CrossEntropyBlock& p, int64_t row, float* scratch) {
     inverse = 1.0f / sum;
     const double log_sum = std::log(static_cast<double>(sum)), lse = log_sum + shift;
     const double smooth = p.label_smoothing;
+    // The mean may be infinite.
+    const double smoothed = smooth == 0.0 ? 0.0 : smooth * ((static_cast<double>(shift) - statistics.mean) + log_sum);
     // (shift - z) + log_sum rather than lse - z: a small loss keeps its digits beside a large logit.
-    const double loss = (1.0 - smooth) * ((static_cast<double>(shift) - at_target) + log_sum) +
-                        smooth * ((static_cast<double>(shift) - statistics.mean) + log_sum) + p.z_loss * lse * lse;
+    const double loss = (1.0 - smooth) * ((static_cast<double>(shift) - at_target) + log_sum) + smoothed +
+                        p.z_loss * lse * lse;
     p.loss[row] = static_cast<float>(loss);
     p.lse[row] = static_cast<float>(lse);
   }

@@ -76,6 +76,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast is, for devices of this type. Of meta tensors torch does not know the question."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     """The tensors in the autocast dtype of x's device, as torch's matrix products take them; else unchanged."""
     return _autocast(lambda t, dtype: t.to(dtype), x, *tensors)
@@ -111,7 +116,7 @@ def autocast_detached(op: str, x: Tensor, *tensors: Tensor | None) -> list[Any]:
 
 def _autocast(cast: Callable[[Tensor, torch.dtype], Tensor], x: Tensor, *tensors: Tensor | None) -> list[Any]:
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocast_is_on(kind):
         return [x, *tensors]
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype in (dtype, torch.float64) else cast(t, dtype) for t in (x, *tensors)]
@@ -136,5 +141,4 @@ _NOTHING = nullcontext()
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Inside it, autocast leaves matrix products alone: a raw op computes in the dtypes that it was given."""
     kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # there is no autocast of meta tensors to ask about
-    return _AutocastOff(kind) if on else _NOTHING
+    return _AutocastOff(kind) if autocast_is_on(kind) else _NOTHING

@@ -68,7 +68,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         first = arguments[0]
         if first is None or first.is_cuda:
             return on_their_device(*arguments)
-        return implementation(*arguments)
+        return fake(*arguments) if first.is_meta else implementation(*arguments)
 
     return call
 
@@ -124,12 +124,22 @@ def plain_apply_of(function: type[torch.autograd.Function]) -> Callable:
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """torch's decorator of this name, whose no_grad (3 µs) is left out where no graph is made of the backward pass."""
-    checked = torch.autograd.function.once_differentiable(backward)
+    """A backward pass of which a second derivative is refused.
+
+    torch's decorator of this name refuses it only where an incoming gradient requires one itself. That of a loss does
+    not, and a penalty on its gradient would be gone in silence.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
-        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # no graph is made of the backward pass: nearly always
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            made = backward(ctx, *gradients)
+        made = made if isinstance(made, tuple) else (made,)
+        reason = b"fastlm's ops have no second derivative (once_differentiable)"
+        refuse = torch._C._functions.DelayedError(reason, len(made))
+        return refuse(*[None if g is None else g.detach().requires_grad_() for g in made])
 
     return run
 

@@ -77,7 +77,7 @@ def mm(
     elif a.dtype != b.dtype or (widens(a.dtype) and min(*a.shape, b.shape[1]) >= _SHORTEST_SIDE):
         _widened(a, b, out, bias, accumulate, piece_bytes or PIECE_BYTES)
     elif out.dtype != a.dtype:
-        product = a @ b
+        product = a @ b if bias is None else torch.addmm(bias, a, b)
         out.add_(product) if accumulate else out.copy_(product)
     elif accumulate:
         out.addmm_(a, b)

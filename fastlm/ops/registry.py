@@ -1,8 +1,8 @@
 """Which backends there are, what each supports, and which one runs a call.
 
 A backend of an op is a module with the raw functions of that op (mostly `forward` and `backward`; the optimizer has
-`step`) and with `unsupported(*call)`: None where it can run the call, else the reason why not, in a few words. Everything else
-of the op (contract, autograd, schema, fake) stands once, in the op's own `__init__.py`.
+`step`) and with `unsupported(*call)`: None where it can run the call, else the reason why not, in a few words.
+Everything else of the op (contract, autograd, schema, fake) stands once, in the op's own `__init__.py`.
 
     with fastlm.backend("reference"):       # or FASTLM_BACKEND=reference
         y = fastlm.ops.layer_norm(x, weight)

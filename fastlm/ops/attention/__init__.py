@@ -178,6 +178,7 @@ def _prepare(
         alibi_slopes = _slopes(op, alibi_slopes, batch, heads, q)
     if cu_seqlens is not None:
         _check_packed(op, batch, length, columns, cu_seqlens)
+        cu_seqlens = cu_seqlens.contiguous()
     if max_seqlen is None:
         max_seqlen = length
     elif cu_seqlens is None:

@@ -68,7 +68,7 @@ def decode_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, alibi_slopes)):
         raise ValueError("decode_attention has no backward pass: call it under torch.no_grad(), or call attention")
     return _forward(*call, registry.choose("decode_attention", q.device.type, call))
 
@@ -140,7 +140,8 @@ def _prepare(
                 f"{op}: alibi_slopes must have shape (H) = ({heads},) or (B, H) = ({batch}, {heads}), got"
                 f" {tuple(alibi_slopes.shape)}"
             )
-        alibi_slopes = alibi_slopes.detach().to(checks.statistics_dtype(q)).contiguous()
+        (alibi_slopes,) = checks.detached(op, alibi_slopes)
+        alibi_slopes = alibi_slopes.to(checks.statistics_dtype(q)).contiguous()
     left = -1 if window is None else int(window)
     return q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, scale, left, float(softcap)
 

@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
     """Check the contract; the arguments of the raw op (under autocast without their history)."""
-    if torch.is_autocast_enabled(x.device.type):
+    if checks.autocast_is_on(x.device.type):
         x, weight, bias = checks.autocast_detached("linear", x, weight, bias)
     checks.linear("linear", x, weight, bias)
     return x, weight, bias

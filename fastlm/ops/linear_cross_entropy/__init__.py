@@ -137,9 +137,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = list(ctx.saved_tensors)
             # Nearly always dloss is 1, and dweight is the largest tensor of the model: no pass over it for nothing.
             # (On a GPU to look would mean to wait; in a compiled graph, to break it.)
+            kept = library.watched() or library.graph_is_kept()  # a later pass reads what is saved
             if torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1:
-                in_place = not (library.watched() or library.graph_is_kept())
-                gradients = [g.mul_(dloss) if in_place else g * dloss for g in gradients]
+                gradients = [g * dloss if kept else g.mul_(dloss) for g in gradients]
+            elif kept:
+                gradients = [g.clone() for g in gradients]
         given = [g.to(dtype) if need else None for g, dtype, need in zip(gradients, ctx.dtypes, needs, strict=True)]
         return (*given, *[None] * 9)
 

@@ -33,7 +33,7 @@ def lstm(gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor) -> tuple[Tensor,
         ValueError: shapes, dtypes or devices do not fit together.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
-    if torch.is_autocast_enabled(gates.device.type) and gates.dtype != torch.float64:
+    if checks.autocast_is_on(gates.device.type) and gates.dtype != torch.float64:
         gates, h0, c0, weight = (t.float() for t in (gates, h0, c0, weight))
     return _run(*_prepare(gates, h0, c0, weight))
 
