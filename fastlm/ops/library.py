@@ -139,7 +139,7 @@ def once_differentiable(backward: Callable) -> Callable:
         made = made if isinstance(made, tuple) else (made,)
         reason = b"fastlm's ops have no second derivative (once_differentiable)"
         refuse = torch._C._functions.DelayedError(reason, len(made))
-        return refuse(*[None if g is None else g.detach().requires_grad_() for g in made])
+        return refuse(*[g if g is None else g.detach().requires_grad_() for g in made])  # type: ignore[arg-type]
 
     return run
 
