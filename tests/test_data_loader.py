@@ -90,14 +90,25 @@ def test_random_starts_are_uniform(dataset: TokenData) -> None:
 
 def test_evaluation_windows_cover_the_text_and_move_nothing(dataset: TokenData) -> None:
     loader = WindowLoader(dataset, 4, 16)
-    x, _ = loader.evenly_spaced(10)
-    again, _ = loader.evenly_spaced(10)
-    assert torch.equal(x, again)
+    first, again = list(loader.evaluation_batches(10)), list(loader.evaluation_batches(10))
+    assert [weight for _, weight in first] == [4, 4, 2]
+    x = torch.cat([x for (x, _), _ in first])
+    assert torch.equal(x, torch.cat([x for (x, _), _ in again]))
     assert loader.samples == 0
     assert torch.equal(x[0], torch.from_numpy(dataset.arrays[0][:16].astype(np.int64)))
     assert torch.equal(x[-1], torch.from_numpy(dataset.arrays[2][-17:-1].astype(np.int64)))
-    everything, _ = loader.evenly_spaced(10**6)
-    assert len(everything) == 401 + 151 + 501 - 48
+
+
+@pytest.mark.parametrize("length", [17, 18, 32, 33, 34, 500, 1001])
+def test_an_evaluation_reads_a_text_no_more_than_once(tmp_path: Path, length: int) -> None:
+    write_dataset(iter([("val", "x" * (length - 1), True)]), tmp_path / "d", ByteTokenizer())
+    data = TokenData.open(tmp_path / "d", "val")
+    data.arrays = [np.arange(length)]  # so that every token is known by its id
+    data.vocab_size = length
+    batches = list(WindowLoader(data, 4, 16).evaluation_batches(10**12))
+    targets = torch.cat([y for (_, y), _ in batches])
+    assert len(targets) == -(-(length - 1) // 16)
+    assert sorted(set(targets.flatten().tolist())) == list(range(1, length))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 100, 1000, 4097])

@@ -93,7 +93,7 @@ class EvaluationConfig:
     """What is looked at on the way."""
 
     every: int = 100  # steps between evaluations on the validation split; 0: only at the end
-    windows: int = 64  # at even distances over the split, the same every time
+    windows: int = 64  # at even distances over the split, the same every time; no more than cover it once
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     sample_every: int = 0  # steps between samples; 0: none
     sample_tokens: int = 100
