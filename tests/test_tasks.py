@@ -155,7 +155,10 @@ def test_batches_of_examples():
     two = loader()
     two.load_state_dict({**two.state_dict(), "samples": 5})
     assert two.next_batch()[1].tolist() == epochs[0][5:]
-    assert [w for _, w in one.evaluation_batches(7)] == [5, 2]
+    batches = list(one.evaluation_batches(7))
+    assert [w for _, w in batches] == [5, 2]
+    assert [y.tolist() for (_, y, _, _), _ in batches] == [[0, 1, 3, 4, 6], [7, 9]], "from all of the split"
+    assert sum(w for _, w in one.evaluation_batches(10**12)) == 10
 
 
 def test_scores(tmp_path):

@@ -106,6 +106,8 @@ def test_batches_of_sources_are_not_padded_and_every_pair_comes_once() -> None:
     assert torch.equal(again.next_batch()["x"], loader.next_batch()["x"])
     total = sum(weight for _, weight in loader.evaluation_batches(100))
     assert total == sum(len(t.encode()) + 1 for _, t in PAIRS)
+    few = SourceLoader([([1] * n, [n]) for n in range(1, 41)], tokenizer, 4).evaluation_batches(4)
+    assert [batch["source"].shape[1] for batch, _ in few] == [1, 14, 27, 40], "not the shortest ones"
 
 
 def small() -> EncoderDecoder:

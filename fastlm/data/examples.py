@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastlm.data.batches import Batch
-from fastlm.data.loader import permute, scramble
+from fastlm.data.loader import evenly_spaced, permute, scramble
 
 
 class ExampleLoader:
@@ -59,10 +59,10 @@ class ExampleLoader:
         return self._batch([self._example(first + i) for i in range(self.batch_size)])
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` examples in their order, weighted by their number."""
-        numbers = range(min(count, len(self.sequences)))
+        """`count` examples at even distances, in their order, weighted by their number."""
+        numbers = evenly_spaced(len(self.sequences), count).tolist()
         for i in range(0, len(numbers), self.batch_size):
-            rows = list(numbers[i : i + self.batch_size])
+            rows = numbers[i : i + self.batch_size]
             yield self._batch(rows), len(rows)
 
     def state_dict(self) -> dict[str, Any]:

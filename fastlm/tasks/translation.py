@@ -20,7 +20,7 @@ import torch
 from fastlm.data import BPETokenizer, Tokenizer
 from fastlm.data.batches import Batch
 from fastlm.data.examples import ExampleLoader, pack
-from fastlm.data.loader import permute, scramble
+from fastlm.data.loader import evenly_spaced, permute, scramble
 from fastlm.data.tables import read_table
 from fastlm.evaluation.translation import score_translations
 from fastlm.generation.beam import Hypothesis, beam_search, check_options, search
@@ -226,7 +226,7 @@ class PairLoader(ExampleLoader):
         self.block_size -= 1
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` pairs in their order, weighted by the targets' tokens."""
+        """`count` pairs at even distances, in their order, weighted by the targets' tokens."""
         for batch, _ in super().evaluation_batches(count):
             y = batch["y"] if isinstance(batch, dict) else batch[1]
             yield batch, int((y != IGNORED).sum())
@@ -266,12 +266,8 @@ class SourceLoader(PairLoader):
         return self._batch(self._epoch[1][place])
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """About `count` pairs, by length, weighted by the targets' tokens."""
-        seen = 0
-        for rows in self._cut(range(len(self.pairs))):
-            if seen >= count:
-                return
-            seen += len(rows)
+        """`count` pairs at even distances, by length, weighted by the targets' tokens."""
+        for rows in self._cut(evenly_spaced(len(self.pairs), count).tolist()):
             batch = self._batch(rows)
             assert isinstance(batch, dict)
             yield batch, int((batch["y"] != IGNORED).sum())
