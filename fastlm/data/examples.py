@@ -42,6 +42,7 @@ class ExampleLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.block_size = max(len(ids) for ids in self.sequences)
         self.samples = 0
+        self.samples_per_epoch, self.samples_per_batch = len(self.sequences), batch_size
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         for ids in self.sequences:
             digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
