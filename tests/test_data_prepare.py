@@ -237,6 +237,21 @@ class TestPrepare:
         assert data.documents == 50
         assert ByteTokenizer().decode(np.concatenate(data.arrays).tolist()) == "".join(t for _, t, _ in pieces)
 
+    def test_an_end_that_comes_alone_belongs_to_the_document_before_it(self, tmp_path: Path) -> None:
+        pieces = [("train", "abcd", False), ("train", "", True), ("train", "efgh", False), ("train", "", True)]
+        manifest = write_dataset(iter(pieces), tmp_path / "d", ByteTokenizer(), shard_tokens=4)
+        shards = [a.tolist() for a in TokenData.open(tmp_path / "d").arrays]
+        assert shards == [[*b"abcd", 256], [*b"efgh", 256]]
+        assert manifest["splits"]["train"]["documents"] == 2
+
+    def test_an_empty_document_leaves_no_trace(self, tmp_path: Path) -> None:
+        pieces = [(split, text, True) for split, text in (("train", "abc"), ("train", ""), ("train", "d"), ("val", ""))]
+        manifest = write_dataset(iter(pieces), tmp_path / "d", ByteTokenizer())
+        assert all_ids(tmp_path / "d", "train").tolist() == [*b"abc", 256, *b"d", 256]
+        assert list(manifest["splits"]) == ["train"] and manifest["splits"]["train"]["documents"] == 2
+        names = ["dataset.json", "tokenizer", "train-00000.tokens"]
+        assert sorted(p.name for p in (tmp_path / "d").iterdir()) == names, "nothing of the split without text"
+
     def test_characters_and_bpe_are_trained_and_validation_text_may_be_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "train.txt").write_text("abcabcabc " * 50)
         (tmp_path / "val.txt").write_text("xyz" * 50)

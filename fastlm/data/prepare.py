@@ -194,19 +194,23 @@ class _SplitWriter:
         self._folder, self._split, self._tokenizer, self._shard_tokens = folder, split, tokenizer, shard_tokens
         self._shard: ShardWriter | None = None
         self._done: dict[str, ShardHeader] = {}
+        self._in_document = False  # whether there are ids since the last end of a document
         self.tokens = 0
 
     def write(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
+        if not len(ids) and not self._in_document:
+            return  # a document of no text at all leaves no trace
+        if len(ids) and self._shard is not None and self._shard.tokens >= self._shard_tokens:
+            self._close_shard()  # only now: the end of its last document may have come alone
         if self._shard is None:
             self._shard = ShardWriter(
                 self._folder / f"{self._split}-{len(self._done):05d}{SHARD_SUFFIX}", self._tokenizer
             )
         self._shard.write(ids, text_bytes)
-        if ends and self._shard.tokens:  # a document of no text at all leaves no trace
+        if ends:
             self._shard.end_document()
+        self._in_document = not ends
         self.tokens += len(ids)
-        if self._shard.tokens >= self._shard_tokens:
-            self._close_shard()
 
     def _close_shard(self) -> None:
         if self._shard is not None:
