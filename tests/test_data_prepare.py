@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,36 @@ class TestPrepare:
         assert len(list(tmp_path.glob(".d.*.tmp"))) == 1
         prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
         assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "d"}
+
+    def test_the_old_dataset_goes_when_the_new_one_has_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def prepare(text: str) -> None:
+            write_dataset(iter([("train", text, True)]), tmp_path / "d", ByteTokenizer(), overwrite=True)
+
+        def refuse(old: Path, new: Path) -> None:
+            if new == tmp_path / "d" and not str(old).endswith(".old"):
+                raise PermissionError("not now")
+            real(old, new)
+
+        prepare("old")
+        real = os.replace
+        with monkeypatch.context() as patch, pytest.raises(PermissionError, match="not now"):
+            patch.setattr(os, "replace", refuse)
+            prepare("new")
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
+        assert bytes(all_ids(tmp_path / "d", "train")[:-1].tolist()) == b"old"
+
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        aside = tmp_path / f".d.{dead.pid}.old"
+        (tmp_path / "d").rename(aside)  # a process was killed between two renames
+        with pytest.raises(FileExistsError, match="has a dataset already"):
+            write_dataset(iter([("train", "new", True)]), tmp_path / "d", ByteTokenizer())
+        shutil.copytree(tmp_path / "d", aside)  # another one while it removed the old dataset
+        prepare("new")
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
+        assert bytes(all_ids(tmp_path / "d", "train")[:-1].tolist()) == b"new"
 
     def test_a_full_disk_leaves_the_old_dataset(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("some text " * 20_000)

@@ -89,9 +89,9 @@ def write_dataset(
     """
     folder = Path(folder)
     folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced
+    _remove_leftovers(folder)
     check_free(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    _remove_leftovers(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -121,20 +121,38 @@ def write_dataset(
             **(about or {}),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
 
 
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Give `new` the name `folder`. The dataset of that name goes away last, and comes back where the new one cannot
+    take its place."""
+    old = new.with_suffix(".old")
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed while they made this dataset."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        process = leftover.name.removeprefix(f".{folder.name}.").removesuffix(".tmp")
-        if os.name == "posix" and process.isdecimal() and not _is_running(int(process)):
+    """Remove what processes left that were killed while they made this dataset; an old one that was to be replaced and
+    has no successor gets its name back."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        process, _, kind = leftover.name.removeprefix(f".{folder.name}.").partition(".")
+        if kind not in ("tmp", "old") or os.name != "posix" or not process.isdecimal() or _is_running(int(process)):
+            continue
+        if kind == "old" and not folder.exists():
+            os.replace(leftover, folder)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
