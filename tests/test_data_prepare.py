@@ -147,6 +147,15 @@ class TestDocuments:
         assert texts == ["one\r\ntwo", "zipped", "x", "y"]
         assert (report.binary_files, report.empty) == (1, 2)
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("\ufeffone\ufefftwo", encoding="utf-8")
+        (tmp_path / "b.jsonl").write_text('\ufeff{"text": "three"}\n{"text": "\ufefffour"}\n', encoding="utf-8")
+        (tmp_path / "c.txt").write_text("\ufeff", encoding="utf-8")
+        report = ReadReport()
+        texts = [d.read() for d in read_documents(find_files([tmp_path]), report=report)]
+        assert texts == ["one\ufefftwo", "three", "\ufefffour"]
+        assert report.empty == 1
+
     def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
         path = tmp_path / "latin.txt"
         path.write_bytes("café au lait".encode("latin-1"))

@@ -182,6 +182,8 @@ def test_questions_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     good = {"ctx": "c", "endings": ["a", "b"], "label": "1", "ind": 3}
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, "label": 0}))
     assert [q.label for q in read_questions(path)] == [1, 0]
+    path.write_text("\ufeff" + json.dumps(good), encoding="utf-8")  # a byte order mark
+    assert [q.label for q in read_questions(path)] == [1]
     for bad, message in (
         ({"ctx": "c"}, "there is no 'endings'; wanted {\"ctx\""),
         ({**good, "label": 2}, "label 2 is not the index of an ending"),

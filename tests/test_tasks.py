@@ -193,8 +193,9 @@ def test_tables(tmp_path):
         "a.jsonl": '{"text": "says \\"no\\"", "label": 1}\n{"text": "é, yes", "label": 0, "more": null}\n',
     }
     for name, content in files.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        assert read_table(tmp_path / name, ("text", "label")) == [('says "no"', "1"), ("é, yes", "0")], name
+        for mark in ("", "\ufeff"):
+            (tmp_path / name).write_text(mark + content, encoding="utf-8")
+            assert read_table(tmp_path / name, ("text", "label")) == [('says "no"', "1"), ("é, yes", "0")], name
     for name, content, message in (
         ("b.tsv", "label\ttexts\n1\ta\n", r"no column 'text' \(did you mean 'texts'\?\); it has: label, texts"),
         ("b.tsv", "label\ttext\n1\n", r"b.tsv:2: 1 fields, the first line names 2 columns \(label, text\)"),

@@ -61,7 +61,7 @@ def read_questions(path: str | Path) -> list[Question]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row["endings"], list):
                     raise ValueError(f"endings must be a list, got {row['endings']!r}")
                 question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
