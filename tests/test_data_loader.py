@@ -10,6 +10,7 @@ import torch
 
 from fastlm.data import ByteTokenizer, TokenData, WindowLoader, write_dataset
 from fastlm.data.loader import permute
+from fastlm.data.streams import StreamLoader
 
 
 @pytest.fixture
@@ -131,6 +132,21 @@ def test_a_state_of_other_data_is_refused(dataset: TokenData) -> None:
             loader.load_state_dict(state)
     with pytest.raises(ValueError, match="tokens=1"):
         WindowLoader(dataset, 4, 16, seed=1).load_state_dict({**state, "tokens": 1})
+
+
+def test_another_text_of_the_same_length_is_refused(tmp_path: Path) -> None:
+    for end in ("a", "b"):
+        write_dataset(iter([("train", "x" * 9000 + end, True)]), tmp_path / end, ByteTokenizer())
+    one, other = (TokenData.open(tmp_path / end) for end in ("a", "b"))
+    for state, loader in (
+        (WindowLoader(one, 4, 16).state_dict(), WindowLoader(other, 4, 16)),
+        (StreamLoader(one, 4, 16).state_dict(), StreamLoader(other, 4, 16)),
+    ):
+        with pytest.raises(ValueError, match=r"has digest='[0-9a-f]+', this loader '[0-9a-f]+': not the same data"):
+            loader.load_state_dict(state)
+        del state["digest"]  # as before it was written
+        loader.load_state_dict({**state, "samples": 8})
+        assert loader.samples == 8
 
 
 def test_bad_arguments_and_damaged_ids(dataset: TokenData) -> None:

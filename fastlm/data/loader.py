@@ -7,6 +7,8 @@ numbers see together exactly what one process sees.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
 
 ORDERS = ("random", "shuffled")
+DIGEST_TOKENS = 4096  # at either end of a shard
 LOOKAHEAD = 4096  # samples located at once: numpy costs as much for 32 as for a thousand
 
 
@@ -56,6 +59,14 @@ class TokenData:
         if data.fingerprint != manifest["tokenizer"]:
             raise ValueError(f"the shards of {folder} were made with another tokenizer than its {MANIFEST} says")
         return data
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the ids at both ends of every shard: tells one text from another without reading it all."""
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            digest.update(array[:DIGEST_TOKENS].tobytes() + array[-DIGEST_TOKENS:].tobytes())
+        return digest.hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
@@ -181,12 +192,14 @@ class WindowLoader:
             "block_size": self.block_size,
             "tokens": self.data.tokens,
             "tokenizer": self.data.fingerprint,
+            "digest": self.data.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data, seed, order or block size."""
         mine = self.state_dict()
-        for key in ("seed", "order", "block_size", "tokens", "tokenizer"):
+        state = {"digest": mine["digest"], **state}  # an older state has none
+        for key in ("seed", "order", "block_size", "tokens", "tokenizer", "digest"):
             if state[key] != mine[key]:
                 raise ValueError(
                     f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"

@@ -88,12 +88,14 @@ class StreamLoader:
             "block_size": self.block_size,
             "tokens": self.data.tokens,
             "tokenizer": self.data.fingerprint,
+            "digest": self.data.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data or another number of rows."""
         mine = self.state_dict()
-        for key in ("rows", "block_size", "tokens", "tokenizer"):
+        state = {"digest": mine["digest"], **state}  # an older state has none
+        for key in ("rows", "block_size", "tokens", "tokenizer", "digest"):
             if state.get(key) != mine[key]:
                 raise ValueError(
                     f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
