@@ -234,6 +234,7 @@ def test_bad_input(tmp_path, one_thread):
         ([f"task.train='{tmp_path / 'empty.tsv'}'"], "example 1 has an empty text"),
         (["task.text_column=sentence"], "there is no column 'sentence'; it has: label, text"),
         (["task.class_weights='1,2,3'"], "has 3 numbers for 2 classes"),
+        (["task.class_weights='1,inf'"], "wanted a positive, finite weight for each of the 2 classes"),
         (["task.class_weights=most"], "must be none, balanced, or numbers"),
         (["task.test_fraction=1.0"], "must be at least 0 and less than 1"),
         (["task.test_fraction=0.99", "task.val_fraction=0.99"], "leave no example to train on"),

@@ -61,13 +61,14 @@ def test_writing_and_reading_again_gives_the_same(tmp_path: Path) -> None:
         ("training.grad_clip=nan", r"training\.grad_clip must be at least 0, got nan"),
         ("training.seed=-1", r"training\.seed must be at least 0 and below 2\^63, got -1"),
         ("optimizer.beta1=1.0", r"optimizer\.beta1 must be at least 0 and below 1, got 1\.0"),
+        ("evaluation.every=0", r"evaluation\.patience=2 needs evaluations on the way, and evaluation\.every is 0"),
         ("training.lr", r"wanted an override like training\.lr=3e-4, got 'training\.lr'"),
         ("lr=1", r"wanted an override like"),
     ],
 )
 def test_a_wrong_setting_says_what_is_wrong(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(None, [override])
+        load_config(None, ["evaluation.patience=2", override])
 
 
 def test_wrong_files(tmp_path: Path) -> None:

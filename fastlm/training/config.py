@@ -185,6 +185,11 @@ class RunConfig:
         for name, beta in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+        if e.patience and not e.every:
+            raise ValueError(
+                f"evaluation.patience={e.patience} needs evaluations on the way, and evaluation.every is 0: "
+                "there is one at the end alone"
+            )
         if not 0 <= t.seed < 2**63:
             raise ValueError(f"training.seed must be at least 0 and below 2^63, got {t.seed}")
         if not m.rate or m.mask + m.random > 1:

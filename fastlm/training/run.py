@@ -90,6 +90,7 @@ def start_run(
         model = source.make_model()
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
+        _check_patience(config, loaders)
         model.to(torch_device)
         torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
         group.barrier()  # every process has seen that the folder is free
@@ -143,6 +144,7 @@ def continue_run(
         model = source.open_model(checkpoint.model_path).to(resolve_device(device))
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
+        _check_patience(config, loaders)
         if checkpoint.step >= config.training.steps:
             raise RunDoneError(
                 f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
@@ -296,6 +298,13 @@ def _check_samples(config: RunConfig, model: Any, tokenizer: Tokenizer) -> None:
             tokenizer.encode(config.evaluation.prompt)
         except ValueError as error:
             raise ValueError(f"evaluation.prompt: {error}") from None
+
+
+def _check_patience(config: RunConfig, loaders: Loaders) -> None:
+    if config.evaluation.patience and loaders[1] is None:
+        raise ValueError(
+            f"evaluation.patience={config.evaluation.patience} needs a validation split, and the data have none"
+        )
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:
