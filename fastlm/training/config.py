@@ -380,7 +380,8 @@ def _at_least(name: str, value: float, least: int) -> None:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        fields = {k: v for k, v in value.items() if v is not None}  # TOML has no null; what is not there is None
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in fields.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, float):
