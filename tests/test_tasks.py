@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,20 @@ def test_classification_learns_and_is_used(kind, lora, tmp_path, one_thread):
             assert torch.equal(base.get_parameter(name), p), name
 
 
+def test_the_metrics_do_not_depend_on_the_picture(tmp_path, one_thread, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no colours left")
+
+    monkeypatch.setattr("fastlm.tasks.classification.plot_confusion", fail)
+    model, train = save_model(tmp_path / "model", "masked"), write_examples(tmp_path / "x.tsv", 20)
+    display = quiet()
+    with display.console.capture() as shown:
+        display.console.quiet = False
+        _, metrics = finetune(settings(model, train, "training.steps=1"), tmp_path / "run", display=display)
+    assert "could not be drawn: RuntimeError: no colours left" in shown.get()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == metrics["accuracy"]
+
+
 def test_a_text_is_learned_on(tmp_path, one_thread):
     for kind, rank in (("causal", 2), ("masked", 0)):
         model = save_model(tmp_path / kind, kind)
@@ -169,7 +184,8 @@ def test_scores(tmp_path):
     assert score.macro_f1_interval[0] <= score.macro_f1 <= score.macro_f1_interval[1]
     certain = score_classes([0] * 9 + [1], [0] * 9 + [1], ("a", "b"))
     assert certain.macro_f1_interval == (1.0, 1.0)  # a resample without a "b" has no F1 of it
-    plot_confusion(score, tmp_path / "c.png")
+    for labels in (score.labels, ("$_$", "$100 - $200", "C$^")):  # dollars are no formula
+        plot_confusion(replace(score, labels=labels), tmp_path / "c.png", title="$_$")
     assert (tmp_path / "c.png").stat().st_size > 1000
     assert class_weights("balanced", ["a", "a", "a", "b"], ("a", "b")) == pytest.approx((4 / 6, 2.0))
     assert class_weights("1,3.5", ["a", "b"], ("a", "b")) == (1.0, 3.5)

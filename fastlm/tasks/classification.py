@@ -106,14 +106,19 @@ class Task:
         return train, loader(self._val) if self._val else None
 
     def finish(self, run: Path) -> dict[str, Any]:
-        """The best checkpoint on the test examples (else on the validation's), and the picture of its confusions."""
+        """The best checkpoint on the test examples (else on the validation's)."""
         examples, split = (self._test, "test") if self._test else (self._val, "val")
         if not examples:
             return {}
         model = Classifier.from_pretrained(choose_checkpoint(run).model_path)
         score = evaluate(model, self.tokenizer, examples)
-        plot_confusion(score, run / PICTURE)
         return {"split": split, "examples": len(examples), **asdict(score)}
+
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """The picture of the confusions."""
+        if metrics:
+            score = {name: value for name, value in metrics.items() if name not in ("split", "examples")}
+            plot_confusion(ClassScore(**score), run / PICTURE)
 
 
 def split_examples(settings: ClassificationSettings) -> tuple[list[Example], list[Example], list[Example]]:

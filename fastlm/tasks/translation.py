@@ -152,6 +152,9 @@ class Task:
             "examples": [list(r) for r in zip(sources[:5], translated[:5], strict=True)],
         }
 
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """Nothing beside the losses."""
+
 
 def read_pairs(path: str, settings: TranslationSettings) -> list[Pair]:
     """Sources and targets; ValueError for missing columns or an empty side, with the line."""

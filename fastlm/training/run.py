@@ -34,7 +34,7 @@ from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpo
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
-from fastlm.training.plot import plot_losses
+from fastlm.training.plot import picture_or_note, plot_losses
 from fastlm.training.progress import Display, PlainDisplay, make_display
 from fastlm.training.trackers import check_installed, make_trackers
 from fastlm.training.trainer import Trainer, TrainResult, resolve_device
@@ -368,4 +368,5 @@ def _fit(trainer: Trainer, run: Path) -> TrainResult:
             tracker.close()
         size = (trainer.val_loader or trainer.train_loader).bytes_per_token
         if trainer.group.is_first:
-            plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=size)
+            with picture_or_note(run / PICTURE, trainer.display.note):
+                plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=size)
