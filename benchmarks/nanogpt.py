@@ -79,11 +79,11 @@ def eager_step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, float]
 @torch.no_grad()
 def validation_loss(model: nn.Module, val: WindowLoader) -> float:
     """The mean loss over the whole validation split, in windows that do not overlap."""
-    x, y = val.evenly_spaced(val.data.tokens // val.block_size)
+    batches = list(val.evaluation_batches(val.data.tokens // val.block_size))
     model.eval()
-    losses = [model(x[i : i + 64], y[i : i + 64])[1].item() * len(x[i : i + 64]) for i in range(0, len(x), 64)]
+    losses = [model(x, y)[1].item() * weight for (x, y), weight in batches]
     model.train()
-    return sum(losses) / len(x)
+    return sum(losses) / sum(weight for _, weight in batches)
 
 
 def run(text: Path, steps: int, textbook: bool) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def run(text: Path, steps: int, textbook: bool) -> dict[str, Any]:
             report.progress(f"step {min(begin + TURN, steps)}/{steps}")
         report.progress("")
         for name, model in models.items():
-            results[name]["val_loss"] = validation_loss(model, WindowLoader(val, 12, 64))
+            results[name]["val_loss"] = validation_loss(model, WindowLoader(val, 64, 64))
             assert math.isfinite(results[name]["val_loss"])
     return results
 

@@ -103,6 +103,9 @@ class TestEvaluate:
         assert score["tokens"] == score["text_bytes"] == len(SENTENCE * 3)
         assert 0 < score["bits_per_byte"] < 3
         assert score["gzip_bits_per_byte"] > 1
+        (trained / "marked.txt").write_text("\ufeff" + SENTENCE * 3, encoding="utf-8")  # a byte order mark
+        marked = succeeds("evaluate", trained / "run", "--text", trained / "marked.txt", "--json")
+        assert json.loads(marked) == score
         shown = succeeds("evaluate", trained / "run", "--text", trained / "held_out.txt", "--stride", 4)
         assert "bits_per_byte" in shown and "perplexity" in shown
 

@@ -10,6 +10,7 @@ import torch
 
 from fastlm.data import ByteTokenizer, TokenData, WindowLoader, write_dataset
 from fastlm.data.loader import permute
+from fastlm.data.streams import StreamLoader
 
 
 @pytest.fixture
@@ -90,14 +91,25 @@ def test_random_starts_are_uniform(dataset: TokenData) -> None:
 
 def test_evaluation_windows_cover_the_text_and_move_nothing(dataset: TokenData) -> None:
     loader = WindowLoader(dataset, 4, 16)
-    x, _ = loader.evenly_spaced(10)
-    again, _ = loader.evenly_spaced(10)
-    assert torch.equal(x, again)
+    first, again = list(loader.evaluation_batches(10)), list(loader.evaluation_batches(10))
+    assert [weight for _, weight in first] == [4, 4, 2]
+    x = torch.cat([x for (x, _), _ in first])
+    assert torch.equal(x, torch.cat([x for (x, _), _ in again]))
     assert loader.samples == 0
     assert torch.equal(x[0], torch.from_numpy(dataset.arrays[0][:16].astype(np.int64)))
     assert torch.equal(x[-1], torch.from_numpy(dataset.arrays[2][-17:-1].astype(np.int64)))
-    everything, _ = loader.evenly_spaced(10**6)
-    assert len(everything) == 401 + 151 + 501 - 48
+
+
+@pytest.mark.parametrize("length", [17, 18, 32, 33, 34, 500, 1001])
+def test_an_evaluation_reads_a_text_no_more_than_once(tmp_path: Path, length: int) -> None:
+    write_dataset(iter([("val", "x" * (length - 1), True)]), tmp_path / "d", ByteTokenizer())
+    data = TokenData.open(tmp_path / "d", "val")
+    data.arrays = [np.arange(length)]  # so that every token is known by its id
+    data.vocab_size = length
+    batches = list(WindowLoader(data, 4, 16).evaluation_batches(10**12))
+    targets = torch.cat([y for (_, y), _ in batches])
+    assert len(targets) == -(-(length - 1) // 16)
+    assert sorted(set(targets.flatten().tolist())) == list(range(1, length))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 100, 1000, 4097])
@@ -120,6 +132,21 @@ def test_a_state_of_other_data_is_refused(dataset: TokenData) -> None:
             loader.load_state_dict(state)
     with pytest.raises(ValueError, match="tokens=1"):
         WindowLoader(dataset, 4, 16, seed=1).load_state_dict({**state, "tokens": 1})
+
+
+def test_another_text_of_the_same_length_is_refused(tmp_path: Path) -> None:
+    for end in ("a", "b"):
+        write_dataset(iter([("train", "x" * 9000 + end, True)]), tmp_path / end, ByteTokenizer())
+    one, other = (TokenData.open(tmp_path / end) for end in ("a", "b"))
+    for state, loader in (
+        (WindowLoader(one, 4, 16).state_dict(), WindowLoader(other, 4, 16)),
+        (StreamLoader(one, 4, 16).state_dict(), StreamLoader(other, 4, 16)),
+    ):
+        with pytest.raises(ValueError, match=r"has digest='[0-9a-f]+', this loader '[0-9a-f]+': not the same data"):
+            loader.load_state_dict(state)
+        del state["digest"]  # as before it was written
+        loader.load_state_dict({**state, "samples": 8})
+        assert loader.samples == 8
 
 
 def test_bad_arguments_and_damaged_ids(dataset: TokenData) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,15 @@ class TestDocuments:
         assert texts == ["one\r\ntwo", "zipped", "x", "y"]
         assert (report.binary_files, report.empty) == (1, 2)
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("\ufeffone\ufefftwo", encoding="utf-8")
+        (tmp_path / "b.jsonl").write_text('\ufeff{"text": "three"}\n{"text": "\ufefffour"}\n', encoding="utf-8")
+        (tmp_path / "c.txt").write_text("\ufeff", encoding="utf-8")
+        report = ReadReport()
+        texts = [d.read() for d in read_documents(find_files([tmp_path]), report=report)]
+        assert texts == ["one\ufefftwo", "three", "\ufefffour"]
+        assert report.empty == 1
+
     def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
         path = tmp_path / "latin.txt"
         path.write_bytes("café au lait".encode("latin-1"))
@@ -237,6 +247,21 @@ class TestPrepare:
         assert data.documents == 50
         assert ByteTokenizer().decode(np.concatenate(data.arrays).tolist()) == "".join(t for _, t, _ in pieces)
 
+    def test_an_end_that_comes_alone_belongs_to_the_document_before_it(self, tmp_path: Path) -> None:
+        pieces = [("train", "abcd", False), ("train", "", True), ("train", "efgh", False), ("train", "", True)]
+        manifest = write_dataset(iter(pieces), tmp_path / "d", ByteTokenizer(), shard_tokens=4)
+        shards = [a.tolist() for a in TokenData.open(tmp_path / "d").arrays]
+        assert shards == [[*b"abcd", 256], [*b"efgh", 256]]
+        assert manifest["splits"]["train"]["documents"] == 2
+
+    def test_an_empty_document_leaves_no_trace(self, tmp_path: Path) -> None:
+        pieces = [(split, text, True) for split, text in (("train", "abc"), ("train", ""), ("train", "d"), ("val", ""))]
+        manifest = write_dataset(iter(pieces), tmp_path / "d", ByteTokenizer())
+        assert all_ids(tmp_path / "d", "train").tolist() == [*b"abc", 256, *b"d", 256]
+        assert list(manifest["splits"]) == ["train"] and manifest["splits"]["train"]["documents"] == 2
+        names = ["dataset.json", "tokenizer", "train-00000.tokens"]
+        assert sorted(p.name for p in (tmp_path / "d").iterdir()) == names, "nothing of the split without text"
+
     def test_characters_and_bpe_are_trained_and_validation_text_may_be_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "train.txt").write_text("abcabcabc " * 50)
         (tmp_path / "val.txt").write_text("xyz" * 50)
@@ -305,6 +330,36 @@ class TestPrepare:
         assert len(list(tmp_path.glob(".d.*.tmp"))) == 1
         prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
         assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "d"}
+
+    def test_the_old_dataset_goes_when_the_new_one_has_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def prepare(text: str) -> None:
+            write_dataset(iter([("train", text, True)]), tmp_path / "d", ByteTokenizer(), overwrite=True)
+
+        def refuse(old: Path, new: Path) -> None:
+            if new == tmp_path / "d" and not str(old).endswith(".old"):
+                raise PermissionError("not now")
+            real(old, new)
+
+        prepare("old")
+        real = os.replace
+        with monkeypatch.context() as patch, pytest.raises(PermissionError, match="not now"):
+            patch.setattr(os, "replace", refuse)
+            prepare("new")
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
+        assert bytes(all_ids(tmp_path / "d", "train")[:-1].tolist()) == b"old"
+
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        aside = tmp_path / f".d.{dead.pid}.old"
+        (tmp_path / "d").rename(aside)  # a process was killed between two renames
+        with pytest.raises(FileExistsError, match="has a dataset already"):
+            write_dataset(iter([("train", "new", True)]), tmp_path / "d", ByteTokenizer())
+        shutil.copytree(tmp_path / "d", aside)  # another one while it removed the old dataset
+        prepare("new")
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
+        assert bytes(all_ids(tmp_path / "d", "train")[:-1].tolist()) == b"new"
 
     def test_a_full_disk_leaves_the_old_dataset(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("some text " * 20_000)

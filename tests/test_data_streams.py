@@ -64,6 +64,8 @@ def test_an_evaluation_reads_longer_pieces_and_moves_nothing(data: TokenData) ->
     assert sum(weight for _, weight in batches) == 5
     assert all(b["x"].shape == (w, 40) and b["stream"] is None for b, w in batches)
     assert loader.samples == 0
+    whole = sum(batch["y"].numel() for batch, _ in loader.evaluation_batches(10**12))
+    assert 1000 <= whole < 1000 + 40  # the text once: what evaluation.windows asks for may be more than there is
 
 
 def test_too_short_a_text_is_refused(data: TokenData) -> None:

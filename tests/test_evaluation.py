@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
 
-from fastlm.data import ByteTokenizer, CharTokenizer, TokenData, write_dataset
+from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, TokenData, write_dataset
 from fastlm.evaluation import (
     Question,
     bootstrap_interval,
@@ -83,6 +84,17 @@ def test_a_score_is_the_models_probability(model: GPT) -> None:
     assert score.perplexity == pytest.approx(math.exp(score.loss))
     assert score.bits_per_byte == pytest.approx(expected / math.log(2) / score.text_bytes, rel=1e-5)
     assert score.gzip_bits_per_byte == pytest.approx(8 * len(gzip.compress(text.encode(), 9)) / score.text_bytes)
+
+
+def test_without_an_end_of_text_the_first_token_counts_nowhere() -> None:
+    letters = tokenizers.models.BPE(vocab={chr(c): c - 97 for c in range(97, 123)}, merges=[])
+    tokenizer = BPETokenizer(tokenizers.Tokenizer(letters))
+    counter = Counter(26, 16)
+    score = score_text(counter, tokenizer, "abc")  # type: ignore[arg-type]
+    assert (score.tokens, score.text_bytes) == (2, 2)
+    assert score.bits_per_byte == pytest.approx(math.log2(26))
+    with pytest.raises(ValueError, match=r"a question has an empty context, and .* has no token that begins a text"):
+        score_choices(counter, tokenizer, [Question("", ("ab", "cd"), 0)])  # type: ignore[arg-type]
 
 
 def test_a_smaller_stride_gives_more_context_and_batches_change_nothing(model: GPT) -> None:
@@ -182,6 +194,8 @@ def test_questions_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     good = {"ctx": "c", "endings": ["a", "b"], "label": "1", "ind": 3}
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({**good, "label": 0}))
     assert [q.label for q in read_questions(path)] == [1, 0]
+    path.write_text("\ufeff" + json.dumps(good), encoding="utf-8")  # a byte order mark
+    assert [q.label for q in read_questions(path)] == [1]
     for bad, message in (
         ({"ctx": "c"}, "there is no 'endings'; wanted {\"ctx\""),
         ({**good, "label": 2}, "label 2 is not the index of an ending"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,20 @@ def test_classification_learns_and_is_used(kind, lora, tmp_path, one_thread):
             assert torch.equal(base.get_parameter(name), p), name
 
 
+def test_the_metrics_do_not_depend_on_the_picture(tmp_path, one_thread, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no colours left")
+
+    monkeypatch.setattr("fastlm.tasks.classification.plot_confusion", fail)
+    model, train = save_model(tmp_path / "model", "masked"), write_examples(tmp_path / "x.tsv", 20)
+    display = quiet()
+    with display.console.capture() as shown:
+        display.console.quiet = False
+        _, metrics = finetune(settings(model, train, "training.steps=1"), tmp_path / "run", display=display)
+    assert "could not be drawn: RuntimeError: no colours left" in shown.get()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == metrics["accuracy"]
+
+
 def test_a_text_is_learned_on(tmp_path, one_thread):
     for kind, rank in (("causal", 2), ("masked", 0)):
         model = save_model(tmp_path / kind, kind)
@@ -155,7 +170,10 @@ def test_batches_of_examples():
     two = loader()
     two.load_state_dict({**two.state_dict(), "samples": 5})
     assert two.next_batch()[1].tolist() == epochs[0][5:]
-    assert [w for _, w in one.evaluation_batches(7)] == [5, 2]
+    batches = list(one.evaluation_batches(7))
+    assert [w for _, w in batches] == [5, 2]
+    assert [y.tolist() for (_, y, _, _), _ in batches] == [[0, 1, 3, 4, 6], [7, 9]], "from all of the split"
+    assert sum(w for _, w in one.evaluation_batches(10**12)) == 10
 
 
 def test_scores(tmp_path):
@@ -166,7 +184,8 @@ def test_scores(tmp_path):
     assert score.macro_f1_interval[0] <= score.macro_f1 <= score.macro_f1_interval[1]
     certain = score_classes([0] * 9 + [1], [0] * 9 + [1], ("a", "b"))
     assert certain.macro_f1_interval == (1.0, 1.0)  # a resample without a "b" has no F1 of it
-    plot_confusion(score, tmp_path / "c.png")
+    for labels in (score.labels, ("$_$", "$100 - $200", "C$^")):  # dollars are no formula
+        plot_confusion(replace(score, labels=labels), tmp_path / "c.png", title="$_$")
     assert (tmp_path / "c.png").stat().st_size > 1000
     assert class_weights("balanced", ["a", "a", "a", "b"], ("a", "b")) == pytest.approx((4 / 6, 2.0))
     assert class_weights("1,3.5", ["a", "b"], ("a", "b")) == (1.0, 3.5)
@@ -190,8 +209,9 @@ def test_tables(tmp_path):
         "a.jsonl": '{"text": "says \\"no\\"", "label": 1}\n{"text": "é, yes", "label": 0, "more": null}\n',
     }
     for name, content in files.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        assert read_table(tmp_path / name, ("text", "label")) == [('says "no"', "1"), ("é, yes", "0")], name
+        for mark in ("", "\ufeff"):
+            (tmp_path / name).write_text(mark + content, encoding="utf-8")
+            assert read_table(tmp_path / name, ("text", "label")) == [('says "no"', "1"), ("é, yes", "0")], name
     for name, content, message in (
         ("b.tsv", "label\ttexts\n1\ta\n", r"no column 'text' \(did you mean 'texts'\?\); it has: label, texts"),
         ("b.tsv", "label\ttext\n1\n", r"b.tsv:2: 1 fields, the first line names 2 columns \(label, text\)"),
@@ -230,6 +250,7 @@ def test_bad_input(tmp_path, one_thread):
         ([f"task.train='{tmp_path / 'empty.tsv'}'"], "example 1 has an empty text"),
         (["task.text_column=sentence"], "there is no column 'sentence'; it has: label, text"),
         (["task.class_weights='1,2,3'"], "has 3 numbers for 2 classes"),
+        (["task.class_weights='1,inf'"], "wanted a positive, finite weight for each of the 2 classes"),
         (["task.class_weights=most"], "must be none, balanced, or numbers"),
         (["task.test_fraction=1.0"], "must be at least 0 and less than 1"),
         (["task.test_fraction=0.99", "task.val_fraction=0.99"], "leave no example to train on"),

@@ -14,6 +14,7 @@ from fastlm.training import start_run
 from fastlm.training.journal import Journal, read_journal
 from fastlm.training.plot import _smoothed, plot_losses
 from fastlm.training.progress import LiveDisplay, PlainDisplay, Speed, make_display
+from fastlm.training.trainer import NonFiniteLossError, Trainer
 from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
 
@@ -121,6 +122,29 @@ def test_the_picture_is_drawn_from_the_log(tmp_path: Path) -> None:
     pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
     assert all(p.startswith(b"\x89PNG") for p in pictures)
     assert pictures[0] != pictures[1]
+
+
+def test_a_picture_ends_no_run_and_hides_no_error(
+    one_thread: None,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no colours left")
+
+    def diverge(_: Trainer) -> None:
+        raise NonFiniteLossError("the loss is infinite")
+
+    config = tiny_config(write_tiny_dataset(tmp_path / "data"), training={"steps": 1})
+    start_run(config, tmp_path / "r_$lr_$", display=quiet())  # dollars are no formula
+    assert (tmp_path / "r_$lr_$" / "loss.png").is_file()
+    monkeypatch.setattr("fastlm.training.run.plot_losses", fail)
+    console = Console(file=io.StringIO(), width=200)
+    assert start_run(config, tmp_path / "run", display=LiveDisplay(console)).reason == "done"
+    assert "loss.png could not be drawn: RuntimeError: no colours left" in console.file.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    with pytest.raises(NonFiniteLossError, match="the loss is infinite"):
+        start_run(config, tmp_path / "other", display=quiet())
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:

@@ -160,6 +160,9 @@ def test_settings_that_pretraining_has_no_use_for(whole: Path, tmp_path: Path) -
     config = tiny_config(whole / "data", evaluation={"sample_every": 2, "prompt": "中"})
     with pytest.raises(ValueError, match=r"evaluation.prompt: character '中'"):
         start_run(config, tmp_path / "run", display=quiet())
+    config = tiny_config(write_tiny_dataset(tmp_path / "alone", val=False), evaluation={"patience": 1})
+    with pytest.raises(ValueError, match=r"evaluation.patience=1 needs a validation split, and the data have none"):
+        start_run(config, tmp_path / "run", display=quiet())
     with pytest.raises(ValueError, match="device must be auto, cpu, or cuda"):
         start_run(tiny_config(whole / "data", training={"device": "meta"}), tmp_path / "other", display=quiet())
 

@@ -17,9 +17,10 @@ from fastlm.generation.beam import search
 from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.seq2seq import EncoderDecoder
-from fastlm.tasks.registry import finetune
+from fastlm.tasks.registry import finetune, make_task
 from fastlm.tasks.translation import PairLoader, SourceLoader, TranslationSettings, encode_pairs, read_pairs
 from fastlm.training.config import config_from_dict
+from fastlm.training.distributed import Processes
 from tests.training_runs import one_thread, quiet  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +107,36 @@ def test_batches_of_sources_are_not_padded_and_every_pair_comes_once() -> None:
     assert torch.equal(again.next_batch()["x"], loader.next_batch()["x"])
     total = sum(weight for _, weight in loader.evaluation_batches(100))
     assert total == sum(len(t.encode()) + 1 for _, t in PAIRS)
+    few = SourceLoader([([1] * n, [n]) for n in range(1, 41)], tokenizer, 4).evaluation_batches(4)
+    assert [batch["source"].shape[1] for batch, _ in few] == [1, 14, 27, 40], "not the shortest ones"
+
+
+def loaded(path: Path, architecture: str, epochs: float) -> tuple[int, Any]:
+    """The steps that so many epochs come to, and the loader of the training pairs."""
+    config = settings(path, architecture, 1, epochs=epochs, vocab_size=257)
+    task = make_task(config)
+    train, _ = task.loaders(task.make_model(), Processes())
+    return config.training.steps, train
+
+
+def test_epochs_are_passes_over_the_pairs(pairs_file: Path) -> None:
+    assert loaded(pairs_file, "decoder", 2.0)[0] == 2 * len(PAIRS) / 6
+    steps, train = loaded(pairs_file, "encoder-decoder", 2.0)
+    assert steps > 2 * len(PAIRS) / 6, "sources of one length: not every batch is full"
+    assert sum(len(train.next_batch()["x"]) for _ in range(steps)) == 2 * len(PAIRS)
+    for epochs in (-3.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"task\.epochs must be at least 0 and finite, got {epochs}"):
+            loaded(pairs_file, "decoder", epochs)
+
+
+def test_batches_by_length_are_resumed_with_their_size_alone() -> None:
+    tokenizer = ByteTokenizer()
+    encoded = encode_pairs(PAIRS, tokenizer, 64)
+    state = SourceLoader(encoded, tokenizer, 4).state_dict()
+    with pytest.raises(ValueError, match=r"in epochs of \d+ batches, this loader's have \d+: training\.batch_size"):
+        SourceLoader(encoded, tokenizer, 2).load_state_dict(state)
+    del state["batches"]  # as before it was written
+    SourceLoader(encoded, tokenizer, 4).load_state_dict(state)
 
 
 def small() -> EncoderDecoder:

@@ -45,13 +45,13 @@ def classify(
     if data is not None:
         columns = ClassificationSettings(text_column=text_column, label_column=label_column)
         score = evaluate(model, tokenizer, read_examples(str(data), columns), str(data))
-        if picture is not None:
-            plot_confusion(score, picture)
         if as_json:
             typer.echo(json.dumps(asdict(score)))
-            return
-        for name, value in asdict(score).items():
-            typer.echo(f"{name:20} {shown(value)}")
+        else:
+            for name, value in asdict(score).items():
+                typer.echo(f"{name:20} {shown(value)}")
+        if picture is not None:
+            plot_confusion(score, picture)
         return
     for line, row in zip(text or [], predict(model, tokenizer, text or []).tolist(), strict=True):
         probabilities = dict(zip(model.config.labels, row, strict=True))

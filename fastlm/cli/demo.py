@@ -260,7 +260,7 @@ def _score(run: Path, console: Console) -> None:
     from fastlm.data import TokenData
     from fastlm.evaluation import score_split
     from fastlm.training.journal import read_journal
-    from fastlm.training.plot import plot_losses
+    from fastlm.training.plot import picture_or_note, plot_losses
     from fastlm.training.run import LOG, PICTURE
 
     model, tokenizer = load_model(run)
@@ -270,13 +270,14 @@ def _score(run: Path, console: Console) -> None:
     assert score.gzip_bits_per_byte is not None
     scale = math.log(2) * val.bytes_per_token
     first = next(r for r in read_journal(run / LOG) if r["kind"] == "step")
-    plot_losses(
-        run / LOG,
-        run / PICTURE,
-        title="fastlm demo",
-        bytes_per_token=val.bytes_per_token,
-        gzip_bits=score.gzip_bits_per_byte,
-    )
+    with picture_or_note(run / PICTURE, lambda text: console.print(text, markup=False)):
+        plot_losses(
+            run / LOG,
+            run / PICTURE,
+            title="fastlm demo",
+            bytes_per_token=val.bytes_per_token,
+            gzip_bits=score.gzip_bits_per_byte,
+        )
     console.print(
         f"\nheld-out text: {score.text_bytes:,} bytes, {score.tokens:,} tokens, each scored once", highlight=False
     )

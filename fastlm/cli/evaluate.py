@@ -76,7 +76,7 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at {e.start} ({e.reason})") from None
 

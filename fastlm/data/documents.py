@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -131,9 +132,10 @@ def _is_binary(path: Path) -> bool:
 
 
 def _open_text(path: Path, on_bad_text: str) -> TextIO:
-    # newline="": the text is taken as it is, "\r\n" included, so that decoding gives the file back.
+    # newline="": the text is taken as it is, "\r\n" included, so that decoding gives the file back; all but
+    # a byte order mark, which is not part of the text.
     errors = "replace" if on_bad_text == "replace" else "strict"
-    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8", errors=errors, newline="")
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors=errors, newline="")
 
 
 def _file_pieces(path: Path, on_bad_text: str) -> Iterator[str]:
@@ -182,6 +184,8 @@ def _jsonl_documents(path: Path, text_key: str, on_bad_text: str, report: ReadRe
     with _whole(path), _open_bytes(path) as f:
         for number, line in enumerate(f, 1):
             name = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastlm.data.batches import Batch
-from fastlm.data.loader import permute, scramble
+from fastlm.data.loader import evenly_spaced, permute, scramble
 
 
 class ExampleLoader:
@@ -42,6 +42,7 @@ class ExampleLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.block_size = max(len(ids) for ids in self.sequences)
         self.samples = 0
+        self.samples_per_epoch, self.samples_per_batch = len(self.sequences), batch_size
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         for ids in self.sequences:
             digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
@@ -59,10 +60,10 @@ class ExampleLoader:
         return self._batch([self._example(first + i) for i in range(self.batch_size)])
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` examples in their order, weighted by their number."""
-        numbers = range(min(count, len(self.sequences)))
+        """`count` examples at even distances, in their order, weighted by their number."""
+        numbers = evenly_spaced(len(self.sequences), count).tolist()
         for i in range(0, len(numbers), self.batch_size):
-            rows = list(numbers[i : i + self.batch_size])
+            rows = numbers[i : i + self.batch_size]
             yield self._batch(rows), len(rows)
 
     def state_dict(self) -> dict[str, Any]:

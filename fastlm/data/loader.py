@@ -7,6 +7,8 @@ numbers see together exactly what one process sees.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.batches import Batch
 from fastlm.data.prepare import MANIFEST
 from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
 
 ORDERS = ("random", "shuffled")
+DIGEST_TOKENS = 4096  # at either end of a shard
 LOOKAHEAD = 4096  # samples located at once: numpy costs as much for 32 as for a thousand
 
 
@@ -57,6 +59,14 @@ class TokenData:
         if data.fingerprint != manifest["tokenizer"]:
             raise ValueError(f"the shards of {folder} were made with another tokenizer than its {MANIFEST} says")
         return data
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the ids at both ends of every shard: tells one text from another without reading it all."""
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            digest.update(array[:DIGEST_TOKENS].tobytes() + array[-DIGEST_TOKENS:].tobytes())
+        return digest.hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
@@ -157,23 +167,21 @@ class WindowLoader:
         """Of the text: turns the loss into bits per byte. None where the loss is not that of a text."""
         return self.data.bytes_per_token
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """`count` windows at even distances in batches, each with its weight in the mean loss (its windows)."""
-        x, y = self.evenly_spaced(count)
-        for i in range(0, len(x), self.batch_size):
-            rows = slice(i, i + self.batch_size)
-            yield (x[rows], y[rows]), len(x[rows])
-
-    def evenly_spaced(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`count` windows at even distances over the whole split (fewer, where there are not so many that differ):
-        for evaluation.
+    def evaluation_batches(self, count: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], int]]:
+        """`count` windows at even distances over the whole split, but no more than cover it; in batches, each with its
+        weight in the mean loss (its windows).
 
         Does not move the position of the loader.
         """
-        starts = np.unique(np.linspace(0, self._starts_in_all() - 1, count).astype(np.int64))
-        lengths = np.cumsum([len(w) for w in self._windows])
-        shard = np.searchsorted(lengths, starts, side="right")
-        return self._gather(shard, starts - np.concatenate(([0], lengths))[shard])
+        lengths = [len(w) for w in self._windows]
+        ends = np.cumsum(lengths)
+        most = sum(windows_to_cover(starts, self.block_size) for starts in lengths)
+        starts = evenly_spaced(int(ends[-1]), min(count, most))
+        shard = np.searchsorted(ends, starts, side="right")
+        starts -= np.concatenate(([0], ends))[shard]
+        for i in range(0, len(starts), self.batch_size):
+            rows = slice(i, i + self.batch_size)
+            yield self._gather(shard[rows], starts[rows]), len(starts[rows])
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
@@ -184,20 +192,19 @@ class WindowLoader:
             "block_size": self.block_size,
             "tokens": self.data.tokens,
             "tokenizer": self.data.fingerprint,
+            "digest": self.data.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data, seed, order or block size."""
         mine = self.state_dict()
-        for key in ("seed", "order", "block_size", "tokens", "tokenizer"):
+        state = {"digest": mine["digest"], **state}  # an older state has none
+        for key in ("seed", "order", "block_size", "tokens", "tokenizer", "digest"):
             if state[key] != mine[key]:
                 raise ValueError(
                     f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
                 )
         self.samples = state["samples"]
-
-    def _starts_in_all(self) -> int:
-        return sum(len(w) for w in self._windows)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and start of each sample number (uint64)."""
@@ -231,6 +238,16 @@ class WindowLoader:
                 f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
             )
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """`count` of the numbers below `total` at even distances, all where there are not so many: int64, ascending."""
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
+
+
+def windows_to_cover(starts: int, length: int) -> int:
+    """The fewest windows of `length` tokens that cover a text in which a window can begin at `starts` places."""
+    return 1 + -(-(starts - 1) // length)
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -161,8 +161,7 @@ class MaskedLoader:
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
         """Windows at even distances, weighted by the tokens left out."""
-        windows, _ = self.windows.evenly_spaced(count)
-        for number, ids in enumerate(windows.split(self.batch_size)):
+        for number, ((ids, _), _) in enumerate(self.windows.evaluation_batches(count)):
             x, y = self.masker(ids, _generator(_EVALUATION_SEED, number))
             yield (x, y), int((y != IGNORED).sum())
 

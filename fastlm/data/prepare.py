@@ -89,9 +89,9 @@ def write_dataset(
     """
     folder = Path(folder)
     folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced
+    _remove_leftovers(folder)
     check_free(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    _remove_leftovers(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -121,20 +121,38 @@ def write_dataset(
             **(about or {}),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
 
 
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Give `new` the name `folder`. The dataset of that name goes away last, and comes back where the new one cannot
+    take its place."""
+    old = new.with_suffix(".old")
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed while they made this dataset."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        process = leftover.name.removeprefix(f".{folder.name}.").removesuffix(".tmp")
-        if os.name == "posix" and process.isdecimal() and not _is_running(int(process)):
+    """Remove what processes left that were killed while they made this dataset; an old one that was to be replaced and
+    has no successor gets its name back."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        process, _, kind = leftover.name.removeprefix(f".{folder.name}.").partition(".")
+        if kind not in ("tmp", "old") or os.name != "posix" or not process.isdecimal() or _is_running(int(process)):
+            continue
+        if kind == "old" and not folder.exists():
+            os.replace(leftover, folder)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -194,19 +212,23 @@ class _SplitWriter:
         self._folder, self._split, self._tokenizer, self._shard_tokens = folder, split, tokenizer, shard_tokens
         self._shard: ShardWriter | None = None
         self._done: dict[str, ShardHeader] = {}
+        self._in_document = False  # whether there are ids since the last end of a document
         self.tokens = 0
 
     def write(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
+        if not len(ids) and not self._in_document:
+            return  # a document of no text at all leaves no trace
+        if len(ids) and self._shard is not None and self._shard.tokens >= self._shard_tokens:
+            self._close_shard()  # only now: the end of its last document may have come alone
         if self._shard is None:
             self._shard = ShardWriter(
                 self._folder / f"{self._split}-{len(self._done):05d}{SHARD_SUFFIX}", self._tokenizer
             )
         self._shard.write(ids, text_bytes)
-        if ends and self._shard.tokens:  # a document of no text at all leaves no trace
+        if ends:
             self._shard.end_document()
+        self._in_document = not ends
         self.tokens += len(ids)
-        if self._shard.tokens >= self._shard_tokens:
-            self._close_shard()
 
     def _close_shard(self) -> None:
         if self._shard is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.loader import TokenData
+from fastlm.data.loader import TokenData, evenly_spaced, windows_to_cover
 
 EVALUATION_WINDOWS = 4  # an evaluation reads so many windows in a row, for it begins with an empty state
 
@@ -69,11 +69,13 @@ class StreamLoader:
         return {"x": x, "y": y, "stream": row // (self.batch_size * self.world_size), "fresh": window == 0}
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """About `count` windows at even distances, several in a row, in batches; each with its number of windows."""
+        """About `count` windows at even distances, several in a row, but no more than cover the text; in batches, each
+        with its weight in the mean loss (its pieces)."""
         total = int(self._ends[-1]) - 1
         length = min(EVALUATION_WINDOWS * self.block_size, total)
-        pieces = max(1, count // EVALUATION_WINDOWS)
-        starts = np.unique(np.linspace(0, total - length, pieces).astype(np.int64)).tolist()
+        places = total - length + 1
+        pieces = min(max(1, count // EVALUATION_WINDOWS), windows_to_cover(places, length))
+        starts = evenly_spaced(places, pieces).tolist()
         for i in range(0, len(starts), self.batch_size):
             x, y = self._read(starts[i : i + self.batch_size], length)
             yield {"x": x, "y": y, "stream": None, "fresh": True}, len(x)
@@ -86,12 +88,14 @@ class StreamLoader:
             "block_size": self.block_size,
             "tokens": self.data.tokens,
             "tokenizer": self.data.fingerprint,
+            "digest": self.data.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data or another number of rows."""
         mine = self.state_dict()
-        for key in ("rows", "block_size", "tokens", "tokenizer"):
+        state = {"digest": mine["digest"], **state}  # an older state has none
+        for key in ("rows", "block_size", "tokens", "tokenizer", "digest"):
             if state.get(key) != mine[key]:
                 raise ValueError(
                     f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "

@@ -66,7 +66,7 @@ def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -61,7 +61,7 @@ def read_questions(path: str | Path) -> list[Question]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row["endings"], list):
                     raise ValueError(f"endings must be a list, got {row['endings']!r}")
                 question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
@@ -97,6 +97,9 @@ def score_choices(
     Args:
         batch_size: endings in one forward pass; they are padded on the right, which a causal model cannot see.
         progress: called with the number of endings scored since the last call.
+
+    Raises:
+        ValueError: an ending that does not fit into the model, or one with nothing before it.
     """
     items, shortened = _items(model, tokenizer, questions)
     likelihood = np.empty(len(items))
@@ -151,6 +154,11 @@ def _items(
     items, shortened = [], 0
     for question in questions:
         context = tokenizer.begin + tokenizer.encode(question.context)
+        if not context:
+            raise ValueError(
+                f"a question has an empty context, and {tokenizer!r} has no token that begins a text: nothing stands "
+                f"before its endings ({question.endings[0][:40]!r}, …)"
+            )
         for ending in question.endings:
             ending_ids = tokenizer.encode(" " + ending)
             if len(ending_ids) >= limit:

@@ -68,11 +68,12 @@ def plot_confusion(score: ClassScore, picture: str | Path, title: str = "") -> N
     image = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         axes.text(j, i, f"{count}", ha="center", va="center", color="white" if parts[i, j] > 0.5 else "black")
-    axes.set_xticks(range(len(score.labels)), score.labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(score.labels)), score.labels)
+    # labels may have dollars in them
+    axes.set_xticks(range(len(score.labels)), score.labels, rotation=30, ha="right", parse_math=False)
+    axes.set_yticks(range(len(score.labels)), score.labels, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(title or f"accuracy {score.accuracy:.3f}, macro-F1 {score.macro_f1:.3f}")
+    axes.set_title(title or f"accuracy {score.accuracy:.3f}, macro-F1 {score.macro_f1:.3f}", parse_math=False)
     figure.colorbar(image, ax=axes, label="part of the true class")
     figure.savefig(picture)
 

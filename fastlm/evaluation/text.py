@@ -46,7 +46,10 @@ def score_text(model: CausalModel, tokenizer: Tokenizer, text: str, **options: o
     ids = np.asarray(tokenizer.encode_batch([text])[0])
     raw = text.encode("utf-8")
     first = next(iter(tokenizer.begin), None)
-    return _score(model, ids, first, len(raw), gzip_bits_per_byte(raw), **options)
+    # Where nothing stands before the text, its first token is not scored. Part of a character decodes to U+FFFD.
+    unscored = tokenizer.decode(ids[:1]).strip("\ufffd") if first is None else ""
+    text_bytes = len(raw) - len(unscored.encode("utf-8"))
+    return _score(model, ids, first, text_bytes, gzip_bits_per_byte(raw), **options)
 
 
 def score_split(model: CausalModel, tokenizer: Tokenizer, data: TokenData, **options: object) -> TextScore:

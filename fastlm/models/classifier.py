@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,10 +41,11 @@ class ClassifierConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.class_weights is not None and (
-            len(self.class_weights) != len(self.labels) or not all(w > 0 for w in self.class_weights)
+            len(self.class_weights) != len(self.labels) or not all(0 < w < math.inf for w in self.class_weights)
         ):
             raise ValueError(
-                f"wanted a positive weight for each of the {len(self.labels)} classes, got {list(self.class_weights)}"
+                f"wanted a positive, finite weight for each of the {len(self.labels)} classes, "
+                f"got {list(self.class_weights)}"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from fastlm.evaluation.classes import ClassScore, plot_confusion, score_classes
 from fastlm.models.classifier import Classifier, ClassifierConfig
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
+from fastlm.tasks.epochs import set_steps
 from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
@@ -96,26 +96,29 @@ class Task:
     def loaders(self, model: Classifier, group: Processes) -> Loaders:
         """The examples, packed; sets training.steps from the epochs."""
         t = self._config.training
-        if self._settings.epochs > 0:
-            batch = t.batch_size * t.grad_accum * group.world_size
-            t.steps = max(1, math.ceil(self._settings.epochs * len(self._train) / batch))
 
         def loader(examples: Sequence[Example], **part: int) -> ExampleLoader:
             ids = encode([text for text, _ in examples], self.tokenizer, model)
             return ExampleLoader(ids, [self.labels.index(label) for _, label in examples], t.batch_size, **part)
 
         train = loader(self._train, seed=t.seed, rank=group.rank, world_size=group.world_size)
+        set_steps(self._config, self._settings.epochs, train)
         return train, loader(self._val) if self._val else None
 
     def finish(self, run: Path) -> dict[str, Any]:
-        """The best checkpoint on the test examples (else on the validation's), and the picture of its confusions."""
+        """The best checkpoint on the test examples (else on the validation's)."""
         examples, split = (self._test, "test") if self._test else (self._val, "val")
         if not examples:
             return {}
         model = Classifier.from_pretrained(choose_checkpoint(run).model_path)
         score = evaluate(model, self.tokenizer, examples)
-        plot_confusion(score, run / PICTURE)
         return {"split": split, "examples": len(examples), **asdict(score)}
+
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """The picture of the confusions."""
+        if metrics:
+            score = {name: value for name, value in metrics.items() if name not in ("split", "examples")}
+            plot_confusion(ClassScore(**score), run / PICTURE)
 
 
 def split_examples(settings: ClassificationSettings) -> tuple[list[Example], list[Example], list[Example]]:

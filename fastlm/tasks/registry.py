@@ -1,10 +1,11 @@
-"""The tasks of `fastlm finetune`: one module each, with a class that begins a run and one method that ends it.
+"""The tasks of `fastlm finetune`: one module each, with a class that begins a run and two methods that end it.
 
 To add a task: a module in `fastlm/tasks/` and its line in TASKS. The module has a class `Task`:
     Settings: a dataclass; its fields are the keys of the config's [task] section, beside `name` and `model`.
     __init__(self, model: Path, settings: Settings, config: RunConfig): read the data, check everything.
     tokenizer, make_model(), open_model(path), loaders(model, group): a `fastlm.training.run.Source`.
     finish(self, run: Path) -> dict: after training, the metrics of the best checkpoint, as JSON can hold them.
+    draw(self, run: Path, metrics: dict): the pictures, once the metrics are written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 from fastlm.tasks.pretrained import NEW
 from fastlm.training.checkpoint import replace_text
 from fastlm.training.config import RunConfig, section_from_dict
-from fastlm.training.progress import Display
+from fastlm.training.plot import picture_or_note
+from fastlm.training.progress import Display, make_display
 from fastlm.training.run import RunDoneError, Source, choose_checkpoint, continue_run, run_config, start_run
 from fastlm.training.trainer import TrainResult
 
@@ -43,6 +45,10 @@ class Task(Source, Protocol):
 
     def finish(self, run: Path) -> dict[str, Any]:
         """The metrics of the best checkpoint of the run."""
+        ...
+
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """What is to be seen in the metrics. They are written by then, and an error here is a note."""
         ...
 
 
@@ -87,7 +93,7 @@ def finetune(
     """
     task = make_task(config)
     result = start_run(config, run, display=display, source=task)
-    return result, _finish(task, Path(run), result)
+    return result, _finish(task, Path(run), result, display)
 
 
 def resume(
@@ -112,13 +118,15 @@ def resume(
             raise
         last, best = choose_checkpoint(run, "last"), choose_checkpoint(run, "best")
         result = TrainResult("done", last.step, None, last.val_loss, best.val_loss, 0.0)
-    return result, _finish(task, run, result)
+    return result, _finish(task, run, result, display)
 
 
-def _finish(task: Task, run: Path, result: TrainResult) -> dict[str, Any]:
+def _finish(task: Task, run: Path, result: TrainResult, display: Display | None) -> dict[str, Any]:
     """The metrics of a run that has come to its end; none yet of one that a signal stopped."""
     if result.reason.startswith("SIG") or os.environ.get("RANK", "0") != "0":  # of several processes one evaluates
         return {}
     metrics = task.finish(run)
     replace_text(run / METRICS, json.dumps(metrics, indent=1) + "\n")
+    with picture_or_note(f"the picture of the metrics in {run}", (display or make_display()).note):
+        task.draw(run, metrics)
     return metrics

@@ -70,6 +70,9 @@ class Task:
         losses = [record["val_loss"] for record in read_journal(run / LOG) if record["kind"] == "eval"]
         return {"first_val_loss": losses[0], "best_val_loss": min(losses)} if losses else {}
 
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """Nothing beside the losses."""
+
     def _open_dataset(self, folder: Path) -> tuple[TokenData, TokenData | None]:
         if self._settings.val:
             raise ValueError(f"{folder} is a dataset and has its own validation split: leave task.val out")

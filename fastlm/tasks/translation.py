@@ -7,7 +7,6 @@ the target between two ends of text.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from fastlm.data import BPETokenizer, Tokenizer
 from fastlm.data.batches import Batch
 from fastlm.data.examples import ExampleLoader, pack
-from fastlm.data.loader import permute, scramble
+from fastlm.data.loader import evenly_spaced, permute, scramble
 from fastlm.data.tables import read_table
 from fastlm.evaluation.translation import score_translations
 from fastlm.generation.beam import Hypothesis, beam_search, check_options, search
@@ -28,6 +27,7 @@ from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.seq2seq import EncoderDecoder
+from fastlm.tasks.epochs import set_steps
 from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
@@ -120,9 +120,6 @@ class Task:
     def loaders(self, model: GPT | EncoderDecoder, group: Processes) -> Loaders:
         """The pairs; sets training.steps from the epochs."""
         t = self._config.training
-        if self._settings.epochs > 0:
-            batch = t.batch_size * t.grad_accum * group.world_size
-            t.steps = max(1, math.ceil(self._settings.epochs * len(self._train) / batch))
 
         def loader(pairs: Sequence[Pair], **part: int) -> PairLoader:
             encoded = encode_pairs(pairs, self.tokenizer, model.config.block_size)
@@ -130,6 +127,7 @@ class Task:
             return kind(encoded, self.tokenizer, t.batch_size, **part)
 
         train = loader(self._train, seed=t.seed, rank=group.rank, world_size=group.world_size)
+        set_steps(self._config, self._settings.epochs, train)
         return train, loader(self._val) if self._val else None
 
     def finish(self, run: Path) -> dict[str, Any]:
@@ -153,6 +151,9 @@ class Task:
             "exact": exact / len(sources),
             "examples": [list(r) for r in zip(sources[:5], translated[:5], strict=True)],
         }
+
+    def draw(self, run: Path, metrics: dict[str, Any]) -> None:
+        """Nothing beside the losses."""
 
 
 def read_pairs(path: str, settings: TranslationSettings) -> list[Pair]:
@@ -226,7 +227,7 @@ class PairLoader(ExampleLoader):
         self.block_size -= 1
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` pairs in their order, weighted by the targets' tokens."""
+        """`count` pairs at even distances, in their order, weighted by the targets' tokens."""
         for batch, _ in super().evaluation_batches(count):
             y = batch["y"] if isinstance(batch, dict) else batch[1]
             yield batch, int((y != IGNORED).sum())
@@ -245,7 +246,7 @@ class SourceLoader(PairLoader):
     """Batches for an encoder-decoder: sources of one length, so that none is padded; targets padded at the end.
 
     An epoch has the pairs of each length in a new order, cut into batches of up to `batch_size`, and the batches in a
-    new order. `samples` counts batches here.
+    new order. `samples` counts batches here: how many there are of an epoch follows from `batch_size`.
     """
 
     def __init__(
@@ -254,27 +255,36 @@ class SourceLoader(PairLoader):
         super().__init__(pairs, tokenizer, batch_size, **part)
         self.pairs, self.eot = pairs, tokenizer.eot
         lengths = Counter(len(source) for source, _ in pairs)
-        self._batches = sum(-(-count // batch_size) for count in lengths.values())
+        self.samples_per_epoch = sum(-(-count // batch_size) for count in lengths.values())
+        self.samples_per_batch = 1
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def next_batch(self) -> Batch:
         number = self.samples + self.rank
         self.samples += self.world_size
-        epoch, place = divmod(number, self._batches)
+        epoch, place = divmod(number, self.samples_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
         return self._batch(self._epoch[1][place])
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """About `count` pairs, by length, weighted by the targets' tokens."""
-        seen = 0
-        for rows in self._cut(range(len(self.pairs))):
-            if seen >= count:
-                return
-            seen += len(rows)
+        """`count` pairs at even distances, by length, weighted by the targets' tokens."""
+        for rows in self._cut(evenly_spaced(len(self.pairs), count).tolist()):
             batch = self._batch(rows)
             assert isinstance(batch, dict)
             yield batch, int((batch["y"] != IGNORED).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "batches": self.samples_per_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        batches = state.get("batches", self.samples_per_epoch)  # an older state does not say
+        if batches != self.samples_per_epoch:
+            raise ValueError(
+                f"the saved data position is in epochs of {batches} batches, this loader's have "
+                f"{self.samples_per_epoch}: training.batch_size (now {self.batch_size}) must stay as it was"
+            )
+        super().load_state_dict(state)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         key = scramble(scramble(self.seed) ^ epoch)

@@ -93,7 +93,7 @@ class EvaluationConfig:
     """What is looked at on the way."""
 
     every: int = 100  # steps between evaluations on the validation split; 0: only at the end
-    windows: int = 64  # at even distances over the split, the same every time
+    windows: int = 64  # at even distances over the split, the same every time; no more than cover it once
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     sample_every: int = 0  # steps between samples; 0: none
     sample_tokens: int = 100
@@ -185,6 +185,11 @@ class RunConfig:
         for name, beta in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+        if e.patience and not e.every:
+            raise ValueError(
+                f"evaluation.patience={e.patience} needs evaluations on the way, and evaluation.every is 0: "
+                "there is one at the end alone"
+            )
         if not 0 <= t.seed < 2**63:
             raise ValueError(f"training.seed must be at least 0 and below 2^63, got {t.seed}")
         if not m.rate or m.mask + m.random > 1:
@@ -375,7 +380,8 @@ def _at_least(name: str, value: float, least: int) -> None:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        fields = {k: v for k, v in value.items() if v is not None}  # TOML has no null; what is not there is None
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in fields.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, float):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +57,19 @@ def plot_losses(
             axes.axhline(gzip_bits * scale, color="tab:gray", linestyle="--", linewidth=1.2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # the name of a run may have dollars in it
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture)
+
+
+@contextlib.contextmanager
+def picture_or_note(picture: object, note: Callable[[str], None]) -> Iterator[None]:
+    """A picture that cannot be drawn within it is noted: it ends no run, and hides no other error."""
+    try:
+        yield
+    except Exception as error:
+        note(f"{picture} could not be drawn: {type(error).__name__}: {error}")
 
 
 def _smoothed(values: list[float]) -> list[float]:

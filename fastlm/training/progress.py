@@ -158,7 +158,7 @@ class LiveDisplay(_Base):
         self.speed.start(step)
 
     def note(self, text: str) -> None:
-        self.progress.console.print(Text(text))
+        self.console.print(Text(text))
 
     def stop(self) -> None:
         self.progress.stop()

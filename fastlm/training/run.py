@@ -34,7 +34,7 @@ from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpo
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
-from fastlm.training.plot import plot_losses
+from fastlm.training.plot import picture_or_note, plot_losses
 from fastlm.training.progress import Display, PlainDisplay, make_display
 from fastlm.training.trackers import check_installed, make_trackers
 from fastlm.training.trainer import Trainer, TrainResult, resolve_device
@@ -90,6 +90,7 @@ def start_run(
         model = source.make_model()
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
+        _check_patience(config, loaders)
         model.to(torch_device)
         torch.manual_seed(config.training.seed + group.rank)  # and another dropout on each
         group.barrier()  # every process has seen that the folder is free
@@ -143,6 +144,7 @@ def continue_run(
         model = source.open_model(checkpoint.model_path).to(resolve_device(device))
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
+        _check_patience(config, loaders)
         if checkpoint.step >= config.training.steps:
             raise RunDoneError(
                 f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
@@ -298,6 +300,13 @@ def _check_samples(config: RunConfig, model: Any, tokenizer: Tokenizer) -> None:
             raise ValueError(f"evaluation.prompt: {error}") from None
 
 
+def _check_patience(config: RunConfig, loaders: Loaders) -> None:
+    if config.evaluation.patience and loaders[1] is None:
+        raise ValueError(
+            f"evaluation.patience={config.evaluation.patience} needs a validation split, and the data have none"
+        )
+
+
 def _newest_checkpoint(run: Path) -> Checkpoint:
     checkpoints = find_checkpoints(run / "checkpoints")
     if not checkpoints:
@@ -359,4 +368,5 @@ def _fit(trainer: Trainer, run: Path) -> TrainResult:
             tracker.close()
         size = (trainer.val_loader or trainer.train_loader).bytes_per_token
         if trainer.group.is_first:
-            plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=size)
+            with picture_or_note(run / PICTURE, trainer.display.note):
+                plot_losses(run / LOG, run / PICTURE, title=run.name, bytes_per_token=size)
