@@ -30,7 +30,7 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
-from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, replace_text
+from fastlm.training.checkpoint import Checkpoint, find_checkpoint, replace_text
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
@@ -163,10 +163,10 @@ def choose_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     """The "best" (by validation loss, else the newest) or the "last" checkpoint of a run folder."""
     if which not in ("best", "last"):
         raise ValueError(f"wanted the best or the last checkpoint, got {which!r}")
-    checkpoints = find_checkpoints(Path(run) / "checkpoints")
-    if not checkpoints:
+    checkpoint = find_checkpoint(Path(run) / "checkpoints", which)
+    if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint")
-    return (best_checkpoint(checkpoints) if which == "best" else None) or checkpoints[-1]
+    return checkpoint
 
 
 def check_free(run: Path) -> None:
@@ -299,13 +299,13 @@ def _check_samples(config: RunConfig, model: Any, tokenizer: Tokenizer) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:
-    checkpoints = find_checkpoints(run / "checkpoints")
-    if not checkpoints:
+    checkpoint = find_checkpoint(run / "checkpoints", "last")
+    if checkpoint is None:
         raise FileNotFoundError(
             f"{run} has no checkpoint to resume from: it stopped before the first was written; remove the folder and "
             "start it anew"
         )
-    return checkpoints[-1]
+    return checkpoint
 
 
 def _trainer(
