@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from fastlm.training.checkpoint import (
 from fastlm.training.journal import Journal, read_journal
 from fastlm.training.loading import load_found
 from fastlm.training.optimizer import make_optimizer, parameter_groups
+from fastlm.training.progress import PlainDisplay
+from fastlm.training.run import RunDoneError
 from fastlm.training.trainer import NonFiniteLossError, Trainer, resolve_device, resolve_precision
 from tests.training_runs import file_size_limit, one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
@@ -140,6 +143,29 @@ class TestARun:
         assert kept == [best["step"], result.step]
         assert choose_checkpoint(tmp_path / "run", "best").step == best["step"]
         assert choose_checkpoint(tmp_path / "run", "last").step == result.step
+
+    def test_an_early_stop_is_the_end_when_the_run_is_resumed(self, dataset: Path, tmp_path: Path) -> None:
+        """And so it is where a signal came in the very step whose evaluation ended the patience."""
+
+        class Interrupter(PlainDisplay):
+            def evaluation(self, step: int, loss: float, bits: float | None) -> None:
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        never_better = {"lr": 1e-12, "schedule": "constant", "warmup_steps": 0}
+        config = tiny_config(dataset, training=never_better, evaluation={"every": 1, "patience": 2})
+        for display, reason in ((quiet(), "early stop"), (Interrupter(quiet().console), "SIGTERM")):
+            run = tmp_path / reason
+            result = start_run(config, run, display=display)
+            assert (result.reason, result.step) == (reason, 3)
+            before = (run / "log.jsonl").read_bytes()
+            with pytest.raises(
+                RunDoneError, match=r"ended early at step 3, after 2 evaluations .*higher than 2, or to 0"
+            ):
+                resume_run(run, overrides=("training.steps=20",), display=quiet())
+            assert (run / "log.jsonl").read_bytes() == before
+        result = resume_run(run, overrides=("evaluation.patience=4",), display=quiet())
+        assert (result.reason, result.step) == ("early stop", 5)
 
     def test_a_run_out_of_time_saves_and_can_go_on(self, dataset: Path, tmp_path: Path) -> None:
         config = tiny_config(dataset, training={"max_minutes": 1e-9})

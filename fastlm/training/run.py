@@ -37,7 +37,7 @@ from fastlm.training.journal import Journal
 from fastlm.training.plot import plot_losses
 from fastlm.training.progress import Display, PlainDisplay, make_display
 from fastlm.training.trackers import check_installed, make_trackers
-from fastlm.training.trainer import Trainer, TrainResult, resolve_device
+from fastlm.training.trainer import Trainer, TrainResult, is_out_of_patience, resolve_device
 
 CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
 
@@ -65,7 +65,11 @@ class Source(Protocol):
 
 
 class RunDoneError(ValueError):
-    """There is nothing left to train in a run."""
+    """There is nothing left to train in a run. `reason`: why it ended, as in `TrainResult`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def start_run(
@@ -131,7 +135,7 @@ def continue_run(
     """`resume_run` with settings that have been read, and any source.
 
     Raises:
-        RunDoneError: the run has done all its steps.
+        RunDoneError: the run has done all its steps, or ended early.
     """
     run = Path(run)
     check_installed(config.logging)
@@ -143,16 +147,14 @@ def continue_run(
         model = source.open_model(checkpoint.model_path).to(resolve_device(device))
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
-        if checkpoint.step >= config.training.steps:
-            raise RunDoneError(
-                f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
-                "to train longer, set training.steps (or task.epochs) higher"
-            )
+        state = checkpoint.load_state()
+        _check_not_done(run, state, config)
         group.barrier()  # every process has found the checkpoint before the first one goes on
         trainer = _trainer(
             model, config, source.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step
         )
-        trainer.load_checkpoint(checkpoint)
+        trainer.load_state_dict(state)
+        del state  # it is as large as the optimizer's
         if group.is_first:
             replace_text(run / CONFIG, config_to_toml(config))
         trainer.journal.write("resume", step=checkpoint.step, **_about(trainer))
@@ -306,6 +308,22 @@ def _newest_checkpoint(run: Path) -> Checkpoint:
             "start it anew"
         )
     return checkpoint
+
+
+def _check_not_done(run: Path, state: dict[str, Any], config: RunConfig) -> None:
+    step, without_better = state["step"], state["evaluations_since_best"]
+    if step >= config.training.steps:
+        raise RunDoneError(
+            f"{run} is done: its checkpoint is of step {step} of {config.training.steps}; "
+            "to train longer, set training.steps (or task.epochs) higher",
+            "done",
+        )
+    if is_out_of_patience(without_better, config):
+        raise RunDoneError(
+            f"{run} is done: it ended early at step {step}, after {without_better} evaluations without a better one; "
+            f"to train longer, set evaluation.patience higher than {without_better}, or to 0 (no early stop)",
+            "early stop",
+        )
 
 
 def _trainer(

@@ -18,7 +18,7 @@ from fastlm.data.batches import Loader, forward_arguments
 from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
 from fastlm.optim import clip_grad_norm
-from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
+from fastlm.training.checkpoint import CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.flops import peak_flops
@@ -115,14 +115,14 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         steps = self.config.training.steps
-        reason = "done"
+        reason = "early stop" if self.is_out_of_patience else "done"
         trained_tokens, trained_seconds = 0, 0.0
         deadline = time.monotonic() + (60 * self.config.training.max_minutes or math.inf)
         self.model.train()
         self.display.start(self.step, steps)
         try:
             with StopRequest() as stop:
-                while self.step < steps:
+                while self.step < steps and reason == "done":
                     began = time.perf_counter()
                     tokens = self._train_step()
                     seconds = time.perf_counter() - began
@@ -135,15 +135,11 @@ class Trainer:
                     received = self.group.largest(stop.received or 0)
                     if received:
                         reason = signal.Signals(received).name
-                        break
-                    patience = self.config.evaluation.patience
-                    if patience and self.evaluations_since_best >= patience:
+                    elif self.is_out_of_patience:
                         reason = "early stop"
-                        break
-                    if self.group.largest(time.monotonic() > deadline) and self.step < steps:
+                    elif self.group.largest(time.monotonic() > deadline) and self.step < steps:
                         reason = "out of time"
-                        break
-                    if self._is_due(self.config.checkpoint.every) or self._is_new_best():
+                    elif self._is_due(self.config.checkpoint.every) or self._is_new_best():
                         self.save()
                 if self._saved_at != self.step:
                     self.save()
@@ -154,6 +150,11 @@ class Trainer:
         speed = trained_tokens / max(trained_seconds, 1e-9)
         self.journal.write("end", step=self.step, reason=reason, tokens_per_second=speed)
         return TrainResult(reason, self.step, self.train_loss, self.val_loss, self.best_val_loss, speed)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were no better than the best that training ends early."""
+        return is_out_of_patience(self.evaluations_since_best, self.config)
 
     def evaluate(self) -> float | None:
         """Mean loss over fixed samples of the validation split; None without one. Draws no random numbers."""
@@ -225,9 +226,8 @@ class Trainer:
             "hidden": None if self.hidden is None else self.group.gather(self.hidden.state_dict()),
         }
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was taken; the weights have been loaded with the model."""
-        state = checkpoint.load_state()
         self.step = self._saved_at = state["step"]
         for name in ("train_loss", "val_loss", "best_val_loss", "evaluations_since_best"):
             setattr(self, name, state[name])
@@ -347,6 +347,11 @@ class Trainer:
     def _outside_training(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model is called other than for a step."""
         return contextlib.nullcontext() if self.shards is None else self.shards.gathering()
+
+
+def is_out_of_patience(evaluations_since_best: int, config: RunConfig) -> bool:
+    """Whether a run ends early after so many evaluations without a better one."""
+    return 0 < config.evaluation.patience <= evaluations_since_best
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
