@@ -239,10 +239,12 @@ class Trainer:
         for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(settings)  # the config's, which the run may be resumed with other ones of
         self.train_loader.load_state_dict(state["data"])
+        if self.hidden is not None:
+            self.hidden.load_state_dict(
+                state["hidden"], self.config.training.batch_size, self.group.rank, self.group.world_size, self.device
+            )
         if len(state["rng"]) == self.group.world_size:
             set_rng_state(state["rng"][self.group.rank])
-            if self.hidden is not None:
-                self.hidden.load_state_dict(state["hidden"][self.group.rank], self.device)
         else:  # another number of processes: the data go on where they were, dropout is drawn anew
             torch.manual_seed(self.config.training.seed + self.step + self.group.rank)
 
