@@ -157,6 +157,9 @@ class WindowLoader:
         """Of the text: turns the loss into bits per byte. None where the loss is not that of a text."""
         return self.data.bytes_per_token
 
+    def weight(self, batch: Batch) -> None:
+        """None: every token is a target, and the batches are of one size."""
+
     def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
         """`count` windows at even distances in batches, each with its weight in the mean loss (its windows)."""
         x, y = self.evenly_spaced(count)

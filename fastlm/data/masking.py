@@ -159,12 +159,17 @@ class MaskedLoader:
         x, _ = self.windows.next_batch()
         return self.masker(x, _generator(self.windows.seed, first))
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """Windows at even distances, weighted by the tokens left out."""
+    def weight(self, batch: Batch) -> float:
+        """The number of tokens left out."""
+        assert not isinstance(batch, dict)
+        return int((batch[1] != IGNORED).sum())
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
+        """Windows at even distances in batches, with their weights."""
         windows, _ = self.windows.evenly_spaced(count)
         for number, ids in enumerate(windows.split(self.batch_size)):
-            x, y = self.masker(ids, _generator(_EVALUATION_SEED, number))
-            yield (x, y), int((y != IGNORED).sum())
+            batch = self.masker(ids, _generator(_EVALUATION_SEED, number))
+            yield batch, self.weight(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the windows: the masks follow from it."""

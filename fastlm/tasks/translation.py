@@ -225,11 +225,10 @@ class PairLoader(ExampleLoader):
         self.prompts = [len(p) for p in prompts]
         self.block_size -= 1
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` pairs in their order, weighted by the targets' tokens."""
-        for batch, _ in super().evaluation_batches(count):
-            y = batch["y"] if isinstance(batch, dict) else batch[1]
-            yield batch, int((y != IGNORED).sum())
+    def weight(self, batch: Batch) -> float:
+        """The number of the targets' tokens."""
+        y = batch["y"] if isinstance(batch, dict) else batch[1]
+        return int((y != IGNORED).sum())
 
     def _batch(self, rows: list[int]) -> Batch:
         x, cu_seqlens, longest = pack([self.sequences[row][:-1] for row in rows])
@@ -265,16 +264,15 @@ class SourceLoader(PairLoader):
             self._epoch = (epoch, self._shuffled(epoch))
         return self._batch(self._epoch[1][place])
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """About `count` pairs, by length, weighted by the targets' tokens."""
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
+        """About `count` pairs, by length, in batches with their weights."""
         seen = 0
         for rows in self._cut(range(len(self.pairs))):
             if seen >= count:
                 return
             seen += len(rows)
             batch = self._batch(rows)
-            assert isinstance(batch, dict)
-            yield batch, int((batch["y"] != IGNORED).sum())
+            yield batch, self.weight(batch)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         key = scramble(scramble(self.seed) ^ epoch)

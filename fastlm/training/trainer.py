@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from fastlm.data import Tokenizer
-from fastlm.data.batches import Loader, forward_arguments
+from fastlm.data.batches import Batch, Loader, forward_arguments
 from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
 from fastlm.optim import clip_grad_norm
@@ -257,8 +258,10 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
         position = self.train_loader.samples
-        for i in range(settings.grad_accum):
-            arguments, options = forward_arguments(self.train_loader.next_batch(), self.device)
+        for i, (batch, factor) in enumerate(self._weighted_batches()):
+            arguments, options = forward_arguments(batch, self.device)
+            if factor != 1:
+                options["factor"] = factor
             last = i == settings.grad_accum - 1
             if self.shards is not None:
                 self.averaging.set_requires_gradient_sync(last)
@@ -283,16 +286,32 @@ class Trainer:
         self.val_loss = None
         return tokens
 
+    def _weighted_batches(self) -> Iterable[tuple[Batch, float]]:
+        """This process's batches of one step, each with a factor on its loss: its weight over the mean weight. With
+        them the mean over the batches of all processes is the one over all targets, however these are shared out."""
+        count, processes = self.config.training.grad_accum, self.group.world_size
+        batches = (self.train_loader.next_batch() for _ in range(count))
+        first = next(batches)
+        if count * processes == 1 or self.train_loader.weight(first) is None:  # read one by one while the GPU computes
+            return ((batch, 1.0) for batch in itertools.chain([first], batches))
+        held = [first, *batches]
+        weights = [self.train_loader.weight(batch) or 0.0 for batch in held]
+        (total,) = self.group.sum(sum(weights))
+        mean = total / (count * processes) or 1.0
+        return [(batch, weight / mean) for batch, weight in zip(held, weights, strict=True)]
+
     def _can_record(self) -> bool:
         """Whether a pass may become a CUDA graph: it then waits for nothing, and is always the same."""
         settings = self.config.training
         alone = self.group.world_size == 1 and not settings.compile and not settings.gradient_checkpointing
         return settings.cuda_graph and self.device.type == "cuda" and type(self.model) is GPT and alone
 
-    def _pass(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Forward and backward pass of one batch; the loss, detached."""
+    def _pass(self, *arguments: torch.Tensor, factor: float = 1.0, **options: Any) -> torch.Tensor:
+        """Forward and backward pass of one batch; the loss, times a factor, detached."""
         with self._autocast():
             loss = self._loss(self.forward, arguments, options)
+        if factor != 1:
+            loss = loss * factor
         (loss / self.config.training.grad_accum).backward()
         return loss.detach()
 
