@@ -83,6 +83,30 @@ def test_the_state_is_carried_and_the_gradient_is_not() -> None:
     assert anew.item() != second.item()
 
 
+def test_the_rows_keep_their_states_in_another_layout(trained: Path, tmp_path: Path) -> None:
+    rows = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0))  # (L, rows, H)
+
+    def layout(batch_size: int, world_size: int) -> list[dict[int, Any]]:
+        """By rank: stream after stream the rows of all processes lie side by side."""
+        batches = [(part, -part) for part in rows.split(batch_size, 1)]
+        return [dict(enumerate(batches[rank::world_size])) for rank in range(world_size)]
+
+    for saved in (layout(3, 2), layout(12, 1), layout(2, 3)):
+        for batch_size, world_size in ((3, 2), (2, 2), (4, 1), (6, 2)):
+            for rank, wanted in enumerate(layout(batch_size, world_size)):
+                states = HiddenStates()
+                states.load_state_dict(saved, batch_size, rank, world_size, torch.device("cpu"))
+                torch.testing.assert_close(states.state_dict(), wanted, rtol=0, atol=0)
+
+    one_batch = {"schedule": "constant", "batch_size": 8, "grad_accum": 1}
+    start_run(lstm_config(trained / "data", **one_batch), tmp_path / "whole", display=quiet())
+    start_run(lstm_config(trained / "data", schedule="constant", steps=6), tmp_path / "run", display=quiet())
+    changes = ("training.steps=12", "training.batch_size=8", "training.grad_accum=1")
+    resume_run(tmp_path / "run", overrides=changes, display=quiet())
+    for got, expected in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
 def test_every_token_is_scored_once_with_all_before_it(trained: Path) -> None:
     model = LSTMLM.from_pretrained(choose_checkpoint(trained / "run").model_path)
     ids = np.random.default_rng(0).integers(0, 28, 2500)

@@ -126,6 +126,7 @@ def test_the_loader_is_exact_and_dynamic(tmp_path):
     assert not torch.equal(batches[0][1] == -100, batches[1][1] == -100)
     halves = [loader(rank=r, world_size=2) for r in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(halves[1].next_batch(), batches[1], strict=True))
+    assert [one.weight(batch) for batch in batches] == [int((y != -100).sum()) for _, y in batches]
     first, again = list(one.evaluation_batches(6)), list(one.evaluation_batches(6))
     assert sum(w for _, w in first) == sum(int((y != -100).sum()) for (_, y), _ in first)
     assert all(torch.equal(a[0][1], b[0][1]) for a, b in zip(first, again, strict=True))

@@ -24,6 +24,7 @@ from fastlm.nn.packing import pool
 from fastlm.tasks.classification import ClassificationSettings, class_weights, predict, split_examples
 from fastlm.tasks.registry import DEFAULTS, finetune
 from fastlm.training.config import load_config
+from fastlm.training.journal import read_journal
 from tests.training_runs import SENTENCE, one_thread, quiet
 
 __all__ = ["one_thread"]
@@ -174,6 +175,29 @@ def test_batches_of_examples():
     assert [w for _, w in batches] == [5, 2]
     assert [y.tolist() for (_, y, _, _), _ in batches] == [[0, 1, 3, 4, 6], [7, 9]], "from all of the split"
     assert sum(w for _, w in one.evaluation_batches(10**12)) == 10
+    assert one.weight(one.next_batch()) is None  # all are of one size
+    weighted = loader(class_weights=[float(i) for i in range(10)])
+    assert weighted.weight(weighted.next_batch()) == sum(epochs[0][:5])
+    assert [w for _, w in weighted.evaluation_batches(7)] == [0 + 1 + 3 + 4 + 6, 7 + 9]
+
+
+def test_class_weights_count_the_same_in_any_batches(tmp_path, one_thread):
+    """The losses of training and validation are means over all examples by their weights, however they are cut."""
+    model, train = save_model(tmp_path / "model", "masked"), write_examples(tmp_path / "x.tsv", 60)
+    records = []
+    for batch_size, grad_accum in ((8, 1), (2, 4)):
+        config = settings(
+            model, train, f"training.batch_size={batch_size}", f"training.grad_accum={grad_accum}", "training.steps=4",
+            "task.class_weights='1.0,7.0'", "task.val_fraction=0.3", "task.dropout=0.0", "task.head_dropout=0.0",
+            "evaluation.every=2",
+        )  # fmt: skip
+        finetune(config, tmp_path / f"run-{batch_size}", display=quiet())
+        journal = read_journal(tmp_path / f"run-{batch_size}" / "log.jsonl")
+        kept = ("step", "loss", "grad_norm", "val_loss")
+        records.append([[r[k] for k in kept if k in r] for r in journal if r["kind"] in ("step", "eval")])
+    assert len(records[0]) == len(records[1]) == 6
+    for a, b in zip(*records, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_scores(tmp_path):

@@ -142,6 +142,13 @@ def test_a_run_killed_while_it_is_evaluated_gets_its_metrics(tmp_path: Path, mon
     assert (result.reason, result.step) == ("done", 7) and metrics["examples"] == 12
     with pytest.raises(ValueError, match="is done: its checkpoint is of step 7 of 7"):
         resume(tmp_path / "run", display=quiet())
+    (tmp_path / "run" / "metrics.json").unlink()
+    overrides = ("training.steps=50", "training.lr=1e-12", "evaluation.patience=3", "evaluation.every=1")
+    result, _ = resume(tmp_path / "run", overrides=overrides, display=quiet())
+    assert result.reason == "early stop" and (tmp_path / "run" / "metrics.json").is_file()
+    (tmp_path / "run" / "metrics.json").unlink()
+    again, metrics = resume(tmp_path / "run", display=quiet())
+    assert (again.reason, again.step) == ("early stop", result.step) and metrics["examples"] == 12
 
 
 def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,22 @@ import torch
 import fastlm
 from fastlm.data import load_tokenizer
 from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.training import choose_checkpoint, resume_run, start_run
+from fastlm.training import checkpoint, choose_checkpoint, resume_run, start_run
 from fastlm.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     copied,
+    find_checkpoint,
     find_checkpoints,
+    open_checkpoint,
     rng_state,
     set_rng_state,
 )
 from fastlm.training.journal import Journal, read_journal
+from fastlm.training.loading import load_found
 from fastlm.training.optimizer import make_optimizer, parameter_groups
+from fastlm.training.progress import PlainDisplay
+from fastlm.training.run import RunDoneError
 from fastlm.training.trainer import NonFiniteLossError, Trainer, resolve_device, resolve_precision
 from tests.training_runs import file_size_limit, one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
@@ -136,6 +143,29 @@ class TestARun:
         assert kept == [best["step"], result.step]
         assert choose_checkpoint(tmp_path / "run", "best").step == best["step"]
         assert choose_checkpoint(tmp_path / "run", "last").step == result.step
+
+    def test_an_early_stop_is_the_end_when_the_run_is_resumed(self, dataset: Path, tmp_path: Path) -> None:
+        """And so it is where a signal came in the very step whose evaluation ended the patience."""
+
+        class Interrupter(PlainDisplay):
+            def evaluation(self, step: int, loss: float, bits: float | None) -> None:
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        never_better = {"lr": 1e-12, "schedule": "constant", "warmup_steps": 0}
+        config = tiny_config(dataset, training=never_better, evaluation={"every": 1, "patience": 2})
+        for display, reason in ((quiet(), "early stop"), (Interrupter(quiet().console), "SIGTERM")):
+            run = tmp_path / reason
+            result = start_run(config, run, display=display)
+            assert (result.reason, result.step) == (reason, 3)
+            before = (run / "log.jsonl").read_bytes()
+            with pytest.raises(
+                RunDoneError, match=r"ended early at step 3, after 2 evaluations .*higher than 2, or to 0"
+            ):
+                resume_run(run, overrides=("training.steps=20",), display=quiet())
+            assert (run / "log.jsonl").read_bytes() == before
+        result = resume_run(run, overrides=("evaluation.patience=4",), display=quiet())
+        assert (result.reason, result.step) == ("early stop", 5)
 
     def test_a_run_out_of_time_saves_and_can_go_on(self, dataset: Path, tmp_path: Path) -> None:
         config = tiny_config(dataset, training={"max_minutes": 1e-9})
@@ -344,13 +374,80 @@ class TestCheckpoints:
             shutil.copytree(tmp_path / "c", copy, dirs_exist_ok=True)
             damage()
             with pytest.raises((ValueError, FileNotFoundError), match=message):
-                find_checkpoints(tmp_path / "c")
+                find_checkpoint(tmp_path / "c", "last")
+            assert find_checkpoints(tmp_path / "c") == []
             shutil.rmtree(tmp_path / "c")
             shutil.copytree(copy, tmp_path / "c")
         size = (step / "state.pt").stat().st_size
         (step / "state.pt").write_bytes(bytes(size))
         with pytest.raises(ValueError, match=r"state\.pt is damaged"):
             find_checkpoints(tmp_path / "c")[0].load_state()
+
+    def test_only_the_checkpoint_that_is_wanted_must_be_whole(self, tmp_path: Path) -> None:
+        writer = self.save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0}, keep_last=3)
+        (tmp_path / "step-00000001" / "state.pt").unlink()
+        for which, step in (("best", 2), ("last", 3)):
+            found = find_checkpoint(tmp_path, which)
+            assert found is not None and found.step == step
+        writer.save(tiny_model(), {}, 4, 2.5)
+        writer.wait()
+        assert [c.step for c in find_checkpoints(tmp_path)] == [2, 3, 4]
+        (tmp_path / "step-00000002" / "state.pt").unlink()
+        with pytest.raises(FileNotFoundError, match=r"step-00000002 is incomplete: state\.pt is missing"):
+            find_checkpoint(tmp_path, "best")
+        assert (tmp_path / "step-00000001").is_dir()  # what is damaged is left for who wants to mend it
+
+    def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(path: Path, **_: Any) -> None:
+            if Path(path).exists():
+                (Path(path) / "state.pt").unlink()
+                raise OSError("killed")
+
+        writer = self.save(tmp_path, {1: None}, keep_last=1)
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        writer.save(tiny_model(), {}, 2, None)
+        with pytest.raises(CheckpointError, match="killed"):
+            writer.wait()
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"]
+        CheckpointWriter(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+    def test_a_reader_takes_the_next_one_where_training_removes_the_one_it_reads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "config.toml").touch()
+        writer = self.save(tmp_path / "checkpoints", {1: None}, keep_last=1)
+
+        def train_on(step: int) -> None:
+            writer.save(tiny_model(), {}, step, None)
+            writer.wait()
+
+        def late(do: Callable[[Path], Any], step: int) -> Callable[[Path], Any]:
+            """`do`, but the training has reached the step before its first call is under way."""
+            steps = [step]
+
+            def done_late(path: Path) -> Any:
+                if steps:
+                    train_on(steps.pop())
+                return do(path)
+
+            return done_late
+
+        monkeypatch.setattr(checkpoint, "open_checkpoint", late(open_checkpoint, 2))
+
+        def mapped(folder: Path) -> Any:  # a RuntimeError where the file is gone
+            return torch.UntypedStorage.from_file(str(folder / "model.safetensors"), False, 1)
+
+        _, weights, _ = load_found(tmp_path, "last", late(mapped, 3))
+        assert weights.parent.name == "step-00000003"
+        _, weights, _ = load_found(tmp_path, "last", late(GPT.from_pretrained, 4))
+        assert weights.parent.name == "step-00000004"
+        (weights / "config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"incomplete: model/config\.json"):
+            load_found(tmp_path, "last", GPT.from_pretrained)
 
     def test_every_generator_is_restored(self) -> None:
         import random

@@ -19,8 +19,10 @@ from fastlm.models.config import GPTConfig
 from fastlm.models.seq2seq import EncoderDecoder
 from fastlm.tasks.registry import finetune, make_task
 from fastlm.tasks.translation import PairLoader, SourceLoader, TranslationSettings, encode_pairs, read_pairs
+from fastlm.training import start_run
 from fastlm.training.config import config_from_dict
 from fastlm.training.distributed import Processes
+from fastlm.training.journal import read_journal
 from tests.training_runs import one_thread, quiet  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,6 +139,36 @@ def test_batches_by_length_are_resumed_with_their_size_alone() -> None:
         SourceLoader(encoded, tokenizer, 2).load_state_dict(state)
     del state["batches"]  # as before it was written
     SourceLoader(encoded, tokenizer, 4).load_state_dict(state)
+
+
+def test_every_target_counts_the_same_in_any_batches(tmp_path: Path) -> None:
+    """Some targets are four times as long as others: a mean of the batches' means would count the short ones more."""
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{a}\t{b * (1 if i % 3 else 4)}\n" for i, (a, b) in enumerate(PAIRS)))
+
+    def config(architecture: str, batch_size: int, grad_accum: int) -> Any:
+        config = settings(path, architecture, 3)
+        config.training.batch_size, config.training.grad_accum = batch_size, grad_accum
+        return config
+
+    def losses(config: Any) -> list[list[float]]:
+        run = tmp_path / f"{config.task['architecture']}-{config.training.batch_size}"
+        start_run(config, run, display=quiet(), source=make_task(config))
+        return [[r["loss"], r["grad_norm"]] for r in read_journal(run / "log.jsonl") if r["kind"] == "step"]
+
+    for a, b in zip(losses(config("decoder", 6, 1)), losses(config("decoder", 2, 3)), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+    several = config("encoder-decoder", 2, 3)  # an encoder-decoder's batches follow from the size: these three weighed
+    task = make_task(several)
+    torch.manual_seed(several.training.seed)
+    model = task.make_model()
+    loader = task.loaders(model, Processes())[0]
+    batches = [loader.next_batch() for _ in range(3)]
+    weights = [int((batch["y"] >= 0).sum()) for batch in batches]
+    assert len(set(weights)) > 1
+    total = sum(model(**batch)[1].item() * weight for batch, weight in zip(batches, weights, strict=True))
+    assert losses(several)[0][0] == pytest.approx(total / sum(weights), rel=1e-5)
 
 
 def small() -> EncoderDecoder:

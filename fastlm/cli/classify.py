@@ -32,16 +32,15 @@ def classify(
     from fastlm.evaluation.classes import plot_confusion
     from fastlm.models.classifier import Classifier
     from fastlm.tasks.classification import ClassificationSettings, evaluate, predict, read_examples
-    from fastlm.training.loading import find_model
+    from fastlm.training.loading import load_found
     from fastlm.training.trainer import resolve_device
 
     if bool(text) == (data is not None):
         raise typer.BadParameter("give either --text or --data")
     if not all(line.strip() for line in text or []):
         raise ValueError("an empty text has no class")
-    weights, tokenizer_path = find_model(run, checkpoint)
-    model = Classifier.from_pretrained(weights).to(resolve_device(device))
-    tokenizer = load_tokenizer(tokenizer_path)
+    model, _, tokenizer_path = load_found(run, checkpoint, Classifier.from_pretrained)
+    model, tokenizer = model.to(resolve_device(device)), load_tokenizer(tokenizer_path)
     if data is not None:
         columns = ClassificationSettings(text_column=text_column, label_column=label_column)
         score = evaluate(model, tokenizer, read_examples(str(data), columns), str(data))

@@ -21,10 +21,11 @@ def fill(
     from fastlm.models.encoder import Encoder
     from fastlm.tasks.fill import fill_blanks
     from fastlm.tasks.pretrained import open_pretrained
+    from fastlm.training.loading import load_found
     from fastlm.training.trainer import resolve_device
 
-    weights, tokenizer = open_pretrained(model, checkpoint)
-    loaded = Encoder.from_pretrained(weights).to(resolve_device(device))
+    _, tokenizer = open_pretrained(model, checkpoint)
+    loaded = load_found(model, checkpoint, Encoder.from_pretrained)[0].to(resolve_device(device))
     for line in text:
         guesses, filled = fill_blanks(loaded, tokenizer, line, top)
         typer.echo(filled)

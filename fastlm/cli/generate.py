@@ -55,7 +55,7 @@ def generate(
     from fastlm.cli.loading import end_tokens, load_model
     from fastlm.generation import Sampling
     from fastlm.models.gpt import GPT
-    from fastlm.training.loading import find_model
+    from fastlm.training.loading import load_found
 
     Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty
@@ -63,7 +63,7 @@ def generate(
     loaded, vocabulary = load_model(model, tokenizer=tokenizer, which=checkpoint, dtype=dtype, device=device)
     prompts = prompt or [""]
     ids = [vocabulary.begin + vocabulary.encode(p) for p in prompts]
-    ends = end_tokens(find_model(model, checkpoint)[0], vocabulary)
+    ends, *_ = load_found(model, checkpoint, lambda folder: end_tokens(folder, vocabulary))
     for text, row in zip(prompts, ids, strict=True):
         if not row:
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")

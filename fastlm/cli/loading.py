@@ -43,16 +43,18 @@ def load_model(
     """
     from fastlm.data import load_tokenizer
     from fastlm.models.huggingface import causal_from_pretrained
-    from fastlm.training.loading import check_vocabulary, find_model
+    from fastlm.training.loading import check_vocabulary, load_found
     from fastlm.training.trainer import resolve_device
 
-    model_path, tokenizer_path = find_model(path, which)
+    def load(weights: Path) -> GPT | LSTMLM:
+        return causal_from_pretrained(weights, dtype=torch_dtype(dtype), device=resolve_device(device)).eval()
+
+    model, model_path, tokenizer_path = load_found(path, which, load)
     published = tokenizer_path == model_path  # a model folder, not a run
     tokenizer_path = tokenizer or tokenizer_path
     loaded = load_tokenizer(tokenizer_path)
     if published:
         loaded.begin_as_published()
-    model = causal_from_pretrained(model_path, dtype=torch_dtype(dtype), device=resolve_device(device)).eval()
     check_vocabulary(model.config.vocab_size, loaded.vocab_size, model_path, tokenizer_path)
     return model, loaded
 

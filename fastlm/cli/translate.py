@@ -27,16 +27,17 @@ def translate(
     from fastlm.data import load_tokenizer
     from fastlm.tasks.translation import longest_source, open_translator
     from fastlm.tasks.translation import translate as translated
-    from fastlm.training.loading import find_model
+    from fastlm.training.loading import find_model, load_found
     from fastlm.training.run import CONFIG, run_config
     from fastlm.training.trainer import resolve_device
 
-    weights, tokenizer_path = find_model(run, checkpoint)
+    _, tokenizer_path = find_model(run, checkpoint)
     made_by = tokenizer_path.parent
     task = run_config(made_by).task.get("name", "pretraining") if (made_by / CONFIG).is_file() else "translation"
     if task != "translation":
         raise ValueError(f"{run} is a run of {task}, wanted one of `fastlm finetune --task translation`")
-    model, tokenizer = open_translator(weights).to(resolve_device(device)), load_tokenizer(tokenizer_path)
+    model = load_found(run, checkpoint, open_translator)[0].to(resolve_device(device))
+    tokenizer = load_tokenizer(tokenizer_path)
     lines = text or [line.rstrip("\r\n") for line in sys.stdin]
     for line in lines:
         if not line.strip():

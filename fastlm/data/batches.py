@@ -33,7 +33,12 @@ class Loader(Protocol):
         """The next one of this process, on the CPU."""
         ...
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
+    def weight(self, batch: Batch) -> float | None:
+        """What the batch's loss counts in the mean over several: how many targets it is the mean of, say. None: all
+        batches for training count the same."""
+        ...
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
         """Up to `count` fixed samples in batches, each with its weight in the mean loss; `samples` does not move."""
         ...
 

@@ -23,6 +23,7 @@ class ExampleLoader:
         sequences: ids of each example; none is empty.
         batch_size: N, on this process.
         rank, world_size: this process takes every world_size-th batch.
+        class_weights: those of the model's loss (see `weight`).
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class ExampleLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        class_weights: Sequence[float] | None = None,
     ):
         if len(sequences) != len(labels) or not sequences:
             raise ValueError(f"wanted as many labels as sequences, and some; got {len(sequences)} and {len(labels)}")
         self.sequences = [torch.as_tensor(np.asarray(ids, dtype=np.int64)) for ids in sequences]
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.block_size = max(len(ids) for ids in self.sequences)
         self.samples = 0
         self.samples_per_epoch, self.samples_per_batch = len(self.sequences), batch_size
@@ -59,12 +62,21 @@ class ExampleLoader:
         self.samples += self.world_size * self.batch_size
         return self._batch([self._example(first + i) for i in range(self.batch_size)])
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """`count` examples at even distances, in their order, weighted by their number."""
+    def weight(self, batch: Batch) -> float | None:
+        """With class weights the sum of the examples': by that the loss of a batch is divided."""
+        if self.class_weights is None:
+            return None
+        assert not isinstance(batch, dict)
+        return self.class_weights[batch[1]].sum().item()
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
+        """`count` examples at even distances, in their order, in batches with their weights or else their sizes."""
         numbers = evenly_spaced(len(self.sequences), count).tolist()
         for i in range(0, len(numbers), self.batch_size):
             rows = numbers[i : i + self.batch_size]
-            yield self._batch(rows), len(rows)
+            batch = self._batch(rows)
+            weight = self.weight(batch)
+            yield batch, len(rows) if weight is None else weight
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""

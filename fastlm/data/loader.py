@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlm.data.batches import Batch
 from fastlm.data.prepare import MANIFEST
 from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -167,7 +168,10 @@ class WindowLoader:
         """Of the text: turns the loss into bits per byte. None where the loss is not that of a text."""
         return self.data.bytes_per_token
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], int]]:
+    def weight(self, batch: Batch) -> None:
+        """None: every token is a target, and the batches are of one size."""
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
         """`count` windows at even distances over the whole split, but no more than cover it; in batches, each with its
         weight in the mean loss (its windows).
 

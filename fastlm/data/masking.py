@@ -159,11 +159,16 @@ class MaskedLoader:
         x, _ = self.windows.next_batch()
         return self.masker(x, _generator(self.windows.seed, first))
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """Windows at even distances, weighted by the tokens left out."""
+    def weight(self, batch: Batch) -> float:
+        """The number of tokens left out."""
+        assert not isinstance(batch, dict)
+        return int((batch[1] != IGNORED).sum())
+
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
+        """Windows at even distances in batches, with their weights."""
         for number, ((ids, _), _) in enumerate(self.windows.evaluation_batches(count)):
-            x, y = self.masker(ids, _generator(_EVALUATION_SEED, number))
-            yield (x, y), int((y != IGNORED).sum())
+            batch = self.masker(ids, _generator(_EVALUATION_SEED, number))
+            yield batch, self.weight(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the windows: the masks follow from it."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlm.data.batches import Batch
 from fastlm.data.loader import TokenData, evenly_spaced, windows_to_cover
 
 EVALUATION_WINDOWS = 4  # an evaluation reads so many windows in a row, for it begins with an empty state
@@ -67,6 +68,9 @@ class StreamLoader:
         starts = [(row + i) * self._part + window * self.block_size for i in range(self.batch_size)]
         x, y = self._read(starts, self.block_size)
         return {"x": x, "y": y, "stream": row // (self.batch_size * self.world_size), "fresh": window == 0}
+
+    def weight(self, batch: Batch) -> None:
+        """None: every token is a target, and the batches are of one size."""
 
     def evaluation_batches(self, count: int) -> Iterator[tuple[dict[str, Any], int]]:
         """About `count` windows at even distances, several in a row, but no more than cover the text; in batches, each

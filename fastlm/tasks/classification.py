@@ -99,7 +99,8 @@ class Task:
 
         def loader(examples: Sequence[Example], **part: int) -> ExampleLoader:
             ids = encode([text for text, _ in examples], self.tokenizer, model)
-            return ExampleLoader(ids, [self.labels.index(label) for _, label in examples], t.batch_size, **part)
+            numbers = [self.labels.index(label) for _, label in examples]
+            return ExampleLoader(ids, numbers, t.batch_size, class_weights=model.config.class_weights, **part)
 
         train = loader(self._train, seed=t.seed, rank=group.rank, world_size=group.world_size)
         set_steps(self._config, self._settings.epochs, train)

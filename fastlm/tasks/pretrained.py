@@ -12,7 +12,7 @@ from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.huggingface.load import read_config
 from fastlm.models.lora import add_lora, has_lora, has_targets, merge, rank_and_alpha, remove_lora
 from fastlm.training.config import LoraConfig
-from fastlm.training.loading import check_vocabulary, find_model
+from fastlm.training.loading import check_vocabulary, load_found
 
 NEW = "new"  # as the model: begin with new weights, for the tasks that can
 
@@ -38,8 +38,8 @@ def open_pretrained(path: Path, which: str = "best") -> tuple[Path, Tokenizer]:
         FileNotFoundError: there is none of these.
         ValueError: the model is of a kind that no task begins with.
     """
-    weights, tokenizer = find_model(path, which)
-    kind = read_config(weights).get("model_type")
+    fields, weights, tokenizer = load_found(path, which, read_config)
+    kind = fields.get("model_type")
     if str(kind).startswith("fastlm-") and kind != "fastlm-encoder":
         raise ValueError(
             f"{path} holds a {kind}, made for its own task; wanted a pretrained model: causal (GPT) or masked (Encoder)"
@@ -53,9 +53,9 @@ def trained_model(path: Path, lora: LoraConfig, dropout: float = -1.0, from_scra
     Args:
         dropout: in the whole model; -1: what its folder says.
     """
-    weights, tokenizer = open_pretrained(path)
+    _, tokenizer = open_pretrained(path)
     changes: dict[str, Any] = {} if dropout < 0 else {"dropout": dropout, "attention_dropout": dropout}
-    model = model_from_pretrained(weights, **changes)
+    model, weights, _ = load_found(path, "best", lambda folder: model_from_pretrained(folder, **changes))
     if not isinstance(model, (GPT, Encoder)):
         raise ValueError(f"{path} holds a {type(model).__name__}; fine-tuning begins with a GPT or an Encoder")
     check_vocabulary(model.config.vocab_size, tokenizer.vocab_size, weights, path)

@@ -101,7 +101,7 @@ def resume(
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Go on with a run of `finetune`, as `fastlm.training.resume_run` does with one of pretraining: exactly.
 
-    A run that did all its steps and was killed before its metrics were written gets those.
+    A run that came to its end and was killed before its metrics were written gets those.
 
     Raises:
         FileNotFoundError, ValueError: as `resume_run`, and as `make_task`.
@@ -113,11 +113,11 @@ def resume(
     task = make_task(config)
     try:
         result = continue_run(config, run, display=display, source=task)
-    except RunDoneError:
+    except RunDoneError as done:
         if (run / METRICS).is_file():
             raise
         last, best = choose_checkpoint(run, "last"), choose_checkpoint(run, "best")
-        result = TrainResult("done", last.step, None, last.val_loss, best.val_loss, 0.0)
+        result = TrainResult(done.reason, last.step, None, last.val_loss, best.val_loss, 0.0)
     return result, _finish(task, run, result, display)
 
 

@@ -226,11 +226,10 @@ class PairLoader(ExampleLoader):
         self.prompts = [len(p) for p in prompts]
         self.block_size -= 1
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """`count` pairs at even distances, in their order, weighted by the targets' tokens."""
-        for batch, _ in super().evaluation_batches(count):
-            y = batch["y"] if isinstance(batch, dict) else batch[1]
-            yield batch, int((y != IGNORED).sum())
+    def weight(self, batch: Batch) -> float:
+        """The number of the targets' tokens."""
+        y = batch["y"] if isinstance(batch, dict) else batch[1]
+        return int((y != IGNORED).sum())
 
     def _batch(self, rows: list[int]) -> Batch:
         x, cu_seqlens, longest = pack([self.sequences[row][:-1] for row in rows])
@@ -267,12 +266,11 @@ class SourceLoader(PairLoader):
             self._epoch = (epoch, self._shuffled(epoch))
         return self._batch(self._epoch[1][place])
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
-        """`count` pairs at even distances, by length, weighted by the targets' tokens."""
+    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, float]]:
+        """`count` pairs at even distances, by length, in batches with their weights."""
         for rows in self._cut(evenly_spaced(len(self.pairs), count).tolist()):
             batch = self._batch(rows)
-            assert isinstance(batch, dict)
-            yield batch, int((batch["y"] != IGNORED).sum())
+            yield batch, self.weight(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "batches": self.samples_per_epoch}

@@ -6,11 +6,12 @@
         state.pt             optimizer, RNG of every device, data position, step, and the rest that exact resuming needs
         checkpoint.json      step, validation loss, and the size of every file; written last
 A checkpoint is written under a temporary name, every file and folder is flushed to the disk, and only then it gets
-its name.
+its name. One that is removed loses that name first: what has it is whole, unless its files were damaged from outside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -62,10 +63,28 @@ class Checkpoint:
 
 def find_checkpoints(folder: str | Path) -> list[Checkpoint]:
     """The whole checkpoints in a `checkpoints` folder, by step; the leftovers of an interrupted save are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted((open_checkpoint(p) for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda c: c.step)
+    found = []
+    for path in _step_folders(folder):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # damaged, or removed since the folder was read
+            found.append(open_checkpoint(path))
+    return found
+
+
+def find_checkpoint(folder: str | Path, which: str) -> Checkpoint | None:
+    """The "last" checkpoint in a `checkpoints` folder, or the "best" (the last, where none has a validation loss).
+
+    Raises:
+        FileNotFoundError, ValueError: that one is damaged. What the others are like does not matter.
+    """
+    while paths := _step_folders(folder):
+        path = (_best(paths) if which == "best" else None) or paths[-1]
+        try:
+            return open_checkpoint(path)
+        except (FileNotFoundError, ValueError):
+            if path.exists():
+                raise
+            # A training that is running has removed it since the folder was read, and had written another one before.
+    return None
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
@@ -81,23 +100,43 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         FileNotFoundError: no checkpoint there, or a file of it is missing.
         ValueError: a file is truncated or the list is damaged.
     """
-    path = Path(path)
-    if not (path / INFO).is_file():
-        raise FileNotFoundError(f"{path} is not a whole checkpoint: it has no {INFO}")
-    try:
-        info = json.loads((path / INFO).read_text(encoding="utf-8"))
-        files, step, val_loss = info["files"], int(info["step"]), info["val_loss"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path / INFO} is damaged: {type(e).__name__}: {e}") from None
+    checkpoint, files = _read_info(Path(path))
     for name, size in files.items():
-        if not (path / name).is_file():
+        if not (checkpoint.path / name).is_file():
             raise FileNotFoundError(f"the checkpoint {path} is incomplete: {name} is missing")
-        got = (path / name).stat().st_size
+        got = (checkpoint.path / name).stat().st_size
         if got != size:
             raise ValueError(
                 f"the checkpoint {path} is damaged: {name} has {got:,} bytes, it was written with {size:,}"
             )
-    return Checkpoint(path, step, val_loss)
+    return checkpoint
+
+
+def _step_folders(folder: str | Path) -> list[Path]:
+    """By step, which their names end with."""
+    steps = {p: p.name.removeprefix(_PREFIX) for p in Path(folder).glob(f"{_PREFIX}*") if p.is_dir()}
+    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
+
+
+def _best(paths: list[Path]) -> Path | None:
+    """By what the checkpoints say of themselves: whether their files are there is another question."""
+    listed = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            listed.append(_read_info(path)[0])
+    best = best_checkpoint(listed)
+    return None if best is None else best.path
+
+
+def _read_info(path: Path) -> tuple[Checkpoint, dict[str, int]]:
+    """A checkpoint as its `checkpoint.json` has it, and the sizes of its files."""
+    if not (path / INFO).is_file():
+        raise FileNotFoundError(f"{path} is not a whole checkpoint: it has no {INFO}")
+    try:
+        info = json.loads((path / INFO).read_text(encoding="utf-8"))
+        return Checkpoint(path, int(info["step"]), info["val_loss"]), dict(info["files"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path / INFO} is damaged: {type(e).__name__}: {e}") from None
 
 
 class CheckpointWriter:
@@ -185,7 +224,7 @@ class CheckpointWriter:
             for path in (*temporary.rglob("*"), temporary):
                 flush_to_disk(path)
             if final.exists():
-                shutil.rmtree(final)
+                self._remove(final)
             os.replace(temporary, final)
             flush_to_disk(self.folder)
         except BaseException:
@@ -200,7 +239,14 @@ class CheckpointWriter:
             keep.add(best.step)
         for checkpoint in checkpoints:
             if checkpoint.step not in keep:
-                shutil.rmtree(checkpoint.path)
+                self._remove(checkpoint.path)
+
+    def _remove(self, path: Path) -> None:
+        """First its name, then its files: a kill in between, and who reads the folder now, find no half of it."""
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        os.replace(path, doomed)
+        flush_to_disk(self.folder)
+        shutil.rmtree(doomed)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from fastlm.training.checkpoint import INFO, open_checkpoint
 from fastlm.training.run import CONFIG, choose_checkpoint
+
+Model = TypeVar("Model")
+
+
+def load_found(path: Path, which: str, load: Callable[[Path], Model]) -> tuple[Model, Path, Path]:
+    """What `load` makes of the folder of the weights, that folder, and the tokenizer's; arguments as `find_model`.
+
+    A run that is training removes its old checkpoints. Where it does so before `load` is done, the next one is loaded.
+    """
+    while True:
+        weights, tokenizer = find_model(path, which)
+        try:
+            return load(weights), weights, tokenizer
+        except Exception:  # the system, torch and safetensors each have their own for a file that is gone
+            if weights.exists():
+                raise
 
 
 def find_model(path: Path, which: str = "best") -> tuple[Path, Path]:

@@ -38,6 +38,19 @@ class HiddenStates:
         """The states by stream."""
         return dict(self._held)
 
-    def load_state_dict(self, state: dict[int, Hidden], device: torch.device) -> None:
-        """Go on with saved states."""
-        self._held = {stream: (h.to(device), c.to(device)) for stream, (h, c) in state.items()}
+    def load_state_dict(
+        self, saved: list[dict[int, Hidden]], batch_size: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        """Go on with the states of all processes, saved by rank; this one takes those of its rows.
+
+        As `StreamLoader` numbers the rows, a stream of all processes comes after the other, and within it rank after
+        rank: so they can be shared out over another number of processes, or of batches in a step.
+        """
+        batches = [state[stream] for stream in sorted(saved[0]) for state in saved]
+        if batches:
+            h, c = (torch.cat(part, 1).split(batch_size, 1) for part in zip(*batches, strict=True))
+            batches = list(zip(h, c, strict=True))
+        mine = batches[rank::world_size]
+        self._held = {
+            stream: (h.contiguous().to(device), c.contiguous().to(device)) for stream, (h, c) in enumerate(mine)
+        }

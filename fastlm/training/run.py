@@ -30,14 +30,14 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
-from fastlm.training.checkpoint import Checkpoint, best_checkpoint, find_checkpoints, replace_text
+from fastlm.training.checkpoint import Checkpoint, find_checkpoint, replace_text
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal
 from fastlm.training.plot import picture_or_note, plot_losses
 from fastlm.training.progress import Display, PlainDisplay, make_display
 from fastlm.training.trackers import check_installed, make_trackers
-from fastlm.training.trainer import Trainer, TrainResult, resolve_device
+from fastlm.training.trainer import Trainer, TrainResult, is_out_of_patience, resolve_device
 
 CONFIG, LOG, PICTURE = "config.toml", "log.jsonl", "loss.png"
 
@@ -65,7 +65,11 @@ class Source(Protocol):
 
 
 class RunDoneError(ValueError):
-    """There is nothing left to train in a run."""
+    """There is nothing left to train in a run. `reason`: why it ended, as in `TrainResult`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def start_run(
@@ -132,7 +136,7 @@ def continue_run(
     """`resume_run` with settings that have been read, and any source.
 
     Raises:
-        RunDoneError: the run has done all its steps.
+        RunDoneError: the run has done all its steps, or ended early.
     """
     run = Path(run)
     check_installed(config.logging)
@@ -145,16 +149,14 @@ def continue_run(
         _check_samples(config, model, source.tokenizer)
         loaders = source.loaders(model, group)
         _check_patience(config, loaders)
-        if checkpoint.step >= config.training.steps:
-            raise RunDoneError(
-                f"{run} is done: its checkpoint is of step {checkpoint.step} of {config.training.steps}; "
-                "to train longer, set training.steps (or task.epochs) higher"
-            )
+        state = checkpoint.load_state()
+        _check_not_done(run, state, config)
         group.barrier()  # every process has found the checkpoint before the first one goes on
         trainer = _trainer(
             model, config, source.tokenizer, loaders, run, group, display, keep_until_step=checkpoint.step
         )
-        trainer.load_checkpoint(checkpoint)
+        trainer.load_state_dict(state)
+        del state  # it is as large as the optimizer's
         if group.is_first:
             replace_text(run / CONFIG, config_to_toml(config))
         trainer.journal.write("resume", step=checkpoint.step, **_about(trainer))
@@ -165,10 +167,10 @@ def choose_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     """The "best" (by validation loss, else the newest) or the "last" checkpoint of a run folder."""
     if which not in ("best", "last"):
         raise ValueError(f"wanted the best or the last checkpoint, got {which!r}")
-    checkpoints = find_checkpoints(Path(run) / "checkpoints")
-    if not checkpoints:
+    checkpoint = find_checkpoint(Path(run) / "checkpoints", which)
+    if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint")
-    return (best_checkpoint(checkpoints) if which == "best" else None) or checkpoints[-1]
+    return checkpoint
 
 
 def check_free(run: Path) -> None:
@@ -308,13 +310,29 @@ def _check_patience(config: RunConfig, loaders: Loaders) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Checkpoint:
-    checkpoints = find_checkpoints(run / "checkpoints")
-    if not checkpoints:
+    checkpoint = find_checkpoint(run / "checkpoints", "last")
+    if checkpoint is None:
         raise FileNotFoundError(
             f"{run} has no checkpoint to resume from: it stopped before the first was written; remove the folder and "
             "start it anew"
         )
-    return checkpoints[-1]
+    return checkpoint
+
+
+def _check_not_done(run: Path, state: dict[str, Any], config: RunConfig) -> None:
+    step, without_better = state["step"], state["evaluations_since_best"]
+    if step >= config.training.steps:
+        raise RunDoneError(
+            f"{run} is done: its checkpoint is of step {step} of {config.training.steps}; "
+            "to train longer, set training.steps (or task.epochs) higher",
+            "done",
+        )
+    if is_out_of_patience(without_better, config):
+        raise RunDoneError(
+            f"{run} is done: it ended early at step {step}, after {without_better} evaluations without a better one; "
+            f"to train longer, set evaluation.patience higher than {without_better}, or to 0 (no early stop)",
+            "early stop",
+        )
 
 
 def _trainer(

@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 
 from fastlm.data import Tokenizer
-from fastlm.data.batches import Loader, forward_arguments
+from fastlm.data.batches import Batch, Loader, forward_arguments
 from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
 from fastlm.optim import clip_grad_norm
-from fastlm.training.checkpoint import Checkpoint, CheckpointWriter, rng_state, set_rng_state
+from fastlm.training.checkpoint import CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.flops import peak_flops
@@ -115,14 +116,14 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         steps = self.config.training.steps
-        reason = "done"
+        reason = "early stop" if self.is_out_of_patience else "done"
         trained_tokens, trained_seconds = 0, 0.0
         deadline = time.monotonic() + (60 * self.config.training.max_minutes or math.inf)
         self.model.train()
         self.display.start(self.step, steps)
         try:
             with StopRequest() as stop:
-                while self.step < steps:
+                while self.step < steps and reason == "done":
                     began = time.perf_counter()
                     tokens = self._train_step()
                     seconds = time.perf_counter() - began
@@ -135,15 +136,11 @@ class Trainer:
                     received = self.group.largest(stop.received or 0)
                     if received:
                         reason = signal.Signals(received).name
-                        break
-                    patience = self.config.evaluation.patience
-                    if patience and self.evaluations_since_best >= patience:
+                    elif self.is_out_of_patience:
                         reason = "early stop"
-                        break
-                    if self.group.largest(time.monotonic() > deadline) and self.step < steps:
+                    elif self.group.largest(time.monotonic() > deadline) and self.step < steps:
                         reason = "out of time"
-                        break
-                    if self._is_due(self.config.checkpoint.every) or self._is_new_best():
+                    elif self._is_due(self.config.checkpoint.every) or self._is_new_best():
                         self.save()
                 if self._saved_at != self.step:
                     self.save()
@@ -154,6 +151,11 @@ class Trainer:
         speed = trained_tokens / max(trained_seconds, 1e-9)
         self.journal.write("end", step=self.step, reason=reason, tokens_per_second=speed)
         return TrainResult(reason, self.step, self.train_loss, self.val_loss, self.best_val_loss, speed)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were no better than the best that training ends early."""
+        return is_out_of_patience(self.evaluations_since_best, self.config)
 
     def evaluate(self) -> float | None:
         """Mean loss over fixed samples of the validation split; None without one. Draws no random numbers."""
@@ -225,9 +227,8 @@ class Trainer:
             "hidden": None if self.hidden is None else self.group.gather(self.hidden.state_dict()),
         }
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was taken; the weights have been loaded with the model."""
-        state = checkpoint.load_state()
         self.step = self._saved_at = state["step"]
         for name in ("train_loss", "val_loss", "best_val_loss", "evaluations_since_best"):
             setattr(self, name, state[name])
@@ -239,10 +240,12 @@ class Trainer:
         for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(settings)  # the config's, which the run may be resumed with other ones of
         self.train_loader.load_state_dict(state["data"])
+        if self.hidden is not None:
+            self.hidden.load_state_dict(
+                state["hidden"], self.config.training.batch_size, self.group.rank, self.group.world_size, self.device
+            )
         if len(state["rng"]) == self.group.world_size:
             set_rng_state(state["rng"][self.group.rank])
-            if self.hidden is not None:
-                self.hidden.load_state_dict(state["hidden"][self.group.rank], self.device)
         else:  # another number of processes: the data go on where they were, dropout is drawn anew
             torch.manual_seed(self.config.training.seed + self.step + self.group.rank)
 
@@ -255,8 +258,10 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
         position = self.train_loader.samples
-        for i in range(settings.grad_accum):
-            arguments, options = forward_arguments(self.train_loader.next_batch(), self.device)
+        for i, (batch, factor) in enumerate(self._weighted_batches()):
+            arguments, options = forward_arguments(batch, self.device)
+            if factor != 1:
+                options["factor"] = factor
             last = i == settings.grad_accum - 1
             if self.shards is not None:
                 self.averaging.set_requires_gradient_sync(last)
@@ -281,16 +286,32 @@ class Trainer:
         self.val_loss = None
         return tokens
 
+    def _weighted_batches(self) -> Iterable[tuple[Batch, float]]:
+        """This process's batches of one step, each with a factor on its loss: its weight over the mean weight. With
+        them the mean over the batches of all processes is the one over all targets, however these are shared out."""
+        count, processes = self.config.training.grad_accum, self.group.world_size
+        batches = (self.train_loader.next_batch() for _ in range(count))
+        first = next(batches)
+        if count * processes == 1 or self.train_loader.weight(first) is None:  # read one by one while the GPU computes
+            return ((batch, 1.0) for batch in itertools.chain([first], batches))
+        held = [first, *batches]
+        weights = [self.train_loader.weight(batch) or 0.0 for batch in held]
+        (total,) = self.group.sum(sum(weights))
+        mean = total / (count * processes) or 1.0
+        return [(batch, weight / mean) for batch, weight in zip(held, weights, strict=True)]
+
     def _can_record(self) -> bool:
         """Whether a pass may become a CUDA graph: it then waits for nothing, and is always the same."""
         settings = self.config.training
         alone = self.group.world_size == 1 and not settings.compile and not settings.gradient_checkpointing
         return settings.cuda_graph and self.device.type == "cuda" and type(self.model) is GPT and alone
 
-    def _pass(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Forward and backward pass of one batch; the loss, detached."""
+    def _pass(self, *arguments: torch.Tensor, factor: float = 1.0, **options: Any) -> torch.Tensor:
+        """Forward and backward pass of one batch; the loss, times a factor, detached."""
         with self._autocast():
             loss = self._loss(self.forward, arguments, options)
+        if factor != 1:
+            loss = loss * factor
         (loss / self.config.training.grad_accum).backward()
         return loss.detach()
 
@@ -347,6 +368,11 @@ class Trainer:
     def _outside_training(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model is called other than for a step."""
         return contextlib.nullcontext() if self.shards is None else self.shards.gathering()
+
+
+def is_out_of_patience(evaluations_since_best: int, config: RunConfig) -> bool:
+    """Whether a run ends early after so many evaluations without a better one."""
+    return 0 < config.evaluation.patience <= evaluations_since_best
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
