@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import Block, _norm
-from fastlm.nn import MLP, Attention, Cache
+from fastlm.nn import MLP, Attention, Cache, Embedding
 from fastlm.nn.linear import Linear, linear
 
 MODEL_TYPE = "fastlm-seq2seq"
@@ -90,12 +91,12 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        _check(config)
+        _check_config(config)
         self.config = config
         self.gradient_checkpointing = False  # of no effect: sentences are short
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.source_positions = nn.Embedding(config.block_size, config.n_embd)
-        self.target_positions = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.source_positions = Embedding(config.block_size, config.n_embd)
+        self.target_positions = Embedding(config.block_size, config.n_embd)
         self.encoder = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         for block in self.encoder:
             block.attention.causal = False  # type: ignore[union-attr]
@@ -123,6 +124,10 @@ class EncoderDecoder(nn.Module):
         Args:
             x: (B, T), the target's tokens so far; padding at the end is harmless where y leaves it out.
             source: (B, S), without padding: the sources of a batch have one length.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a sentence longer than block_size, and, on the CPU, a token id out of
+                range.
         """
         hidden = self.decode(x, self.encode(source))
         if y is None:
@@ -131,7 +136,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Tensor) -> Memory:
         """source (B, S) -> what the decoder's layers look at."""
-        self._check_ids("source", source)
+        self._check("source", source)
         h = self.wte(source) + self.source_positions.weight[: source.shape[1]]
         h = F.dropout(h, self.config.dropout, self.training)
         branch: Tensor | None = None
@@ -142,7 +147,7 @@ class EncoderDecoder(nn.Module):
 
     def decode(self, x: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
         """x (B, T) -> what the head reads, (B, T, C). A cache has the tokens before x, and gets those of x."""
-        self._check_ids("x", x)
+        self._check("x", x)
         past = 0 if cache is None else cache.length
         if past + x.shape[1] > self.config.block_size:
             raise ValueError(
@@ -193,14 +198,15 @@ class EncoderDecoder(nn.Module):
         load_weights(model, path)
         return model.eval()
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
+    def _check(self, name: str, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"{name} must have shape (B, T) with at least one token, got {tuple(ids.shape)}")
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"{name} has {ids.shape[1]} tokens, block_size is {self.config.block_size}")
+        check_ids(ids, self.config.vocab_size, name)
 
 
-def _check(config: GPTConfig) -> None:
+def _check_config(config: GPTConfig) -> None:
     wanted: dict[str, Any] = {
         "position": "learned",
         "sliding_window": None,
