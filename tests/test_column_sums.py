@@ -15,7 +15,8 @@ from tests.emulator import backend as emulator
 @pytest.mark.parametrize("on", ["cpu", "emulator", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "cols", "stride"), [(1, 1, 1), (0, 9, 9), (129, 264, 264), (700, 300, 304), (33, 7, 11), (40000, 8, 8), (131, 300, 301)]
+    ("rows", "cols", "stride"),
+    [(1, 1, 1), (0, 9, 9), (129, 264, 264), (700, 300, 304), (33, 7, 11), (40000, 8, 8), (131, 300, 301)],
 )
 def test_column_sums(on: str, dtype: torch.dtype, rows: int, cols: int, stride: int) -> None:
     reason = {"cpu": native.cpu_unavailable, "emulator": emulator.unavailable, "cuda": native.cuda_unavailable}[on]()
