@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             cu_seqlens, max_seqlen = padded.cu_seqlens, padded.max_seqlen
         self._check_length(idx, cu_seqlens, max_seqlen)
         h = self._embed(idx, token_types, self._positions(idx, cu_seqlens, padded))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen if cu_seqlens is not None else None,
