@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.cache import KVCache
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
@@ -77,9 +78,7 @@ def beam_search(
             )
     results: list[Hypothesis | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for length, same in itertools.groupby(order, key=lambda row: len(prompts[row])):
             rows = list(same)
             decoder = _Continuations(model, torch.tensor([list(prompts[row]) for row in rows], device=model.device))
@@ -87,8 +86,6 @@ def beam_search(
             found = search(decoder, len(rows), steps, eos_token, beams, length_penalty)
             for row, hypothesis in zip(rows, found, strict=True):
                 results[row] = hypothesis
-    finally:
-        model.train(was_training)
     return [r for r in results if r is not None]
 
 

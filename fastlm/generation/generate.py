@@ -15,6 +15,7 @@ from fastlm.generation.graph import GraphDecoder
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
 from fastlm.models.checks import check_ids
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
@@ -97,31 +98,28 @@ def generate(
     known = groups[:1]  # whose cache is the prefix_cache's
     if prefix_cache is not None:
         known[0].cache = prefix_cache.lend(prompts[0].tolist(), model.config.n_layer)
-    was_training = model.training
-    model.eval()
     try:
-        decode = _decoder(model)
-        reports = stream is not None or finished_by is not None
-        watch = _Watch()
-        for _ in range(max_new_tokens):
-            if not groups:
-                break
-            logits = _next_logits(model, decode, groups)  # (rows still open, V)
-            watch.see(logits)
-            if reports or not logits.is_cuda:
-                watch.refuse_nan()
-            seen = [group.seen for group in groups if group.seen is not None]
-            tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
-            parts = tokens.split([len(group.rows) for group in groups]) if len(groups) > 1 else [tokens]
-            for group, new in zip(groups, parts, strict=True):
-                group.append(new)
-                if reports:
-                    group.report(new.tolist(), stream, finished_by, results)
-            groups = [group for group in groups if group.rows]
-        watch.refuse_nan()
+        with evaluating(model):
+            decode = _decoder(model)
+            reports = stream is not None or finished_by is not None
+            watch = _Watch()
+            for _ in range(max_new_tokens):
+                if not groups:
+                    break
+                logits = _next_logits(model, decode, groups)  # (rows still open, V)
+                watch.see(logits)
+                if reports or not logits.is_cuda:
+                    watch.refuse_nan()
+                seen = [group.seen for group in groups if group.seen is not None]
+                tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
+                parts = tokens.split([len(group.rows) for group in groups]) if len(groups) > 1 else [tokens]
+                for group, new in zip(groups, parts, strict=True):
+                    group.append(new)
+                    if reports:
+                        group.report(new.tolist(), stream, finished_by, results)
+                groups = [group for group in groups if group.rows]
+            watch.refuse_nan()
     finally:
-        if was_training:
-            model.train()
         if prefix_cache is not None:
             prefix_cache.give_back(known[0].cache, known[0].cached())
     for group in groups:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.generation.generate import Prompts
@@ -43,10 +44,8 @@ def generate_recurrent(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = _prompts(model, idx)
     finished_by = stop_rule(stop, eos_token)
-    was_training = model.training
-    model.eval()
     continuations: list[list[int]] = [[] for _ in prompts]
-    try:
+    with evaluating(model):
         rows, states, hidden = _read(model, prompts)
         seen = _seen(model, prompts, rows) if repetition_penalty is not None else None
         for step in range(max_new_tokens if prompts else 0):
@@ -71,8 +70,6 @@ def generate_recurrent(
                 break
             y, hidden = model.hidden_states(tokens[:, None], hidden)
             states = y[:, -1]
-    finally:
-        model.train(was_training)
     results = [torch.cat((p, p.new_tensor(c))) for p, c in zip(prompts, continuations, strict=True)]
     if not isinstance(idx, Tensor):
         return results

@@ -28,6 +28,7 @@ from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.seq2seq import EncoderDecoder
+from fastlm.nn.modes import evaluating
 from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
@@ -326,13 +327,13 @@ def translate(
         found = beam_search(model, prompts, max_new_tokens, eos_token=eot, beams=beams, length_penalty=length_penalty)
         return [tokenizer.decode(h.tokens).strip() for h in found]
     check_options(beams, max_new_tokens, model.config.vocab_size)
-    model.eval()
     results: list[Hypothesis | None] = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for _, same in itertools.groupby(order, key=lambda row: len(ids[row])):
-        rows = list(same)
-        decoder = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
-        steps = min(max_new_tokens, model.config.block_size)
-        for row, h in zip(rows, search(decoder, len(rows), steps, eot, beams, length_penalty), strict=True):
-            results[row] = h
+    with evaluating(model):
+        for _, same in itertools.groupby(order, key=lambda row: len(ids[row])):
+            rows = list(same)
+            decoder = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
+            steps = min(max_new_tokens, model.config.block_size)
+            for row, h in zip(rows, search(decoder, len(rows), steps, eot, beams, length_penalty), strict=True):
+                results[row] = h
     return [tokenizer.decode(h.tokens).strip() for h in results if h is not None]
