@@ -25,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastlm.data.tokenizers import Tokenizer
+from fastlm.files import sync
 
 MAGIC = b"FASTLMTK"
 VERSION = 1
@@ -133,9 +134,8 @@ class ShardWriter:
         )
         self._file.seek(0)
         self._file.write(header.pack())
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        sync(self._temporary)
         os.replace(self._temporary, self.path)
         return header
 

@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastlm.files import replace_text
 from fastlm.tasks.pretrained import NEW
-from fastlm.training.checkpoint import replace_text
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.progress import Display
 from fastlm.training.run import RunDoneError, Source, choose_checkpoint, continue_run, run_config, start_run
