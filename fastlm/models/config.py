@@ -18,8 +18,8 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
 class GPTConfig:
     """The shape and the options of a `fastlm.GPT`. The defaults are GPT-2 124M.
 
-    Fields that may be None follow from others; what they come to is `kv_heads`, `head_size` and `mlp_size`. So
-    `dataclasses.replace(config, n_embd=512)` does what it says.
+    Fields that may be None follow from others; what they come to is `kv_heads`, `head_size`, `mlp_size`,
+    `attention_dropout_p` and `embedding_dropout_p`. So `dataclasses.replace(config, n_embd=512)` does what it says.
 
     Raises:
         ValueError: a value is out of its range, or two do not fit together; the message names both.
@@ -79,6 +79,16 @@ class GPTConfig:
         # A gated MLP has three matrices instead of two: 8/3 keeps the number of parameters (arXiv:2002.05202). The
         # width is rounded up to a multiple of 64, which kernels like.
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.activation in GATED else 4 * self.n_embd
+
+    @property
+    def attention_dropout_p(self) -> float:
+        """The probability of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def embedding_dropout_p(self) -> float:
+        """The probability of dropout on the embedded tokens."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
 
     def has_bias(self, where: str) -> bool:
         """Whether the layers of one kind have a bias: where is "norm", "qkv", "attention" or "mlp"."""

@@ -218,7 +218,7 @@ class EncoderBlock(nn.Module):
             config.n_embd,
             config.n_head,
             causal=False,
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
         )
         self.norm_1 = LayerNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config.n_embd, config.mlp_size, config.activation)

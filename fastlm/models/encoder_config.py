@@ -55,6 +55,11 @@ class EncoderConfig:
         return 4 * self.n_embd if self.intermediate_size is None else self.intermediate_size
 
     @property
+    def attention_dropout_p(self) -> float:
+        """The probability of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
     def position_offset(self) -> int:
         """The row of the first position in the table: RoBERTa's begins after its padding token's."""
         return 2 if self.layout == "roberta" else 0

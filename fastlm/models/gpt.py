@@ -46,7 +46,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embedding_dropout = config.dropout if config.embedding_dropout is None else config.embedding_dropout
+        self.embedding_dropout = config.embedding_dropout_p
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.sinusoidal = Sinusoidal(config.n_embd) if config.position == "sinusoidal" else None
@@ -286,7 +286,7 @@ class Block(nn.Module):
             scale=config.attention_scale,
             window=None if config.sliding_window is None else (config.sliding_window - 1, 0),
             softcap=config.attention_softcap,
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.norm_2 = _norm(config)

@@ -30,7 +30,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.dropout = config.attention_dropout_p
         self.q = Linear(config.n_embd, config.n_embd, bias=config.has_bias("qkv"))
         self.kv = Linear(config.n_embd, 2 * config.n_embd, bias=config.has_bias("qkv"))
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.has_bias("attention"))
@@ -59,7 +59,7 @@ class DecoderBlock(nn.Module):
             config.n_head,
             qkv_bias=config.has_bias("qkv"),
             proj_bias=config.has_bias("attention"),
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
         )
         self.cross = CrossAttention(config)
         self.mlp = MLP(config.n_embd, config.mlp_size, config.activation, bias=config.has_bias("mlp"))
