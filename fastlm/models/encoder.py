@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.encoder_config import EncoderConfig
+from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Embedding, LayerNorm
 from fastlm.nn.linear import linear
 from fastlm.nn.packing import Padding, packed_positions, padding
@@ -55,16 +56,9 @@ class Encoder(nn.Module):
         self.head = MaskedHead(config) if config.mlm_head else None
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """BERT's start: N(0, 0.02²); biases 0, norms 1."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                nn.init.normal_(p, std=self.config.init_std)
+        init_normal(self, self.config.init_std)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
+from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
 from fastlm.nn.computed import Computed
 from fastlm.nn.linear import linear
@@ -59,18 +60,10 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """GPT-2's start: N(0, 0.02²), divided by sqrt(2 n_layer) into the residual stream; biases 0, norms 1."""
         std = self.config.init_std
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                into_residual = name.endswith("proj.weight")
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if into_residual else std)
+        init_normal(self, std, into_residual=std / math.sqrt(2 * self.config.n_layer))
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import Block, _norm
+from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Cache, Embedding
 from fastlm.nn.linear import Linear, linear
 
@@ -105,18 +106,10 @@ class EncoderDecoder(nn.Module):
         self.norm = _norm(config)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """As `fastlm.GPT`: N(0, init_std²), smaller into the residual stream; biases 0, norms 1."""
         std = self.config.init_std
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                into_residual = name.endswith("proj.weight")
-                nn.init.normal_(p, std=std / math.sqrt(3 * self.config.n_layer) if into_residual else std)
+        init_normal(self, std, into_residual=std / math.sqrt(3 * self.config.n_layer))
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, source: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, V) and None; with targets y (B, T), -100 left out, None and the mean loss in nats.
