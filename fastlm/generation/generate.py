@@ -50,8 +50,9 @@ def generate(
     Args:
         idx: (B, T) token ids, or a list of B prompts, 1-D tensors or lists of ids, of any lengths from 1 to block_size.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k, top_p, min_p, repetition_penalty: see `fastlm.generation.sampling`; the penalty is on the tokens of the
-            prompt and of the continuation.
+        top_k, top_p, min_p: see `fastlm.ops.sample`.
+        repetition_penalty: see `fastlm.generation.penalise_repetition`; on the tokens of the prompt and of the
+            continuation.
         eos_token: a row that produces it is finished; of several, any.
         stop: a row is finished when its continuation ends with one of these token sequences, or when a function of the
             continuation (a list of ids) returns True: `stop=lambda ids: "\\n\\n" in tokenizer.decode(ids)`.
