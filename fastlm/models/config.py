@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from fastlm.hints import did_you_mean, from_fields
 from fastlm.nn.mlp import ACTIVATIONS, GATED
 from fastlm.nn.rotary import RopeScaling
 
@@ -101,18 +101,14 @@ class GPTConfig:
         from fastlm.models.presets import PRESETS
 
         if name not in PRESETS:
-            near = nearest(name, PRESETS)
-            raise ValueError(f"there is no preset {name!r}{near}; the presets are: {', '.join(PRESETS)}")
+            hint = did_you_mean(name, PRESETS)
+            raise ValueError(f"there is no preset {name!r}{hint}; the presets are: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GPTConfig:
         """The reverse of `to_dict`. An unknown key is an error that names the nearest field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"GPTConfig has no field {name!r}{nearest(name, known)}")
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values that JSON and TOML can hold."""
@@ -168,9 +164,4 @@ def check_positive_int(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{nearest(str(value), choices)}")
-
-
-def nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.hints import from_fields
 from fastlm.models.checks import check_ids
+from fastlm.models.config import check_positive_int
 from fastlm.nn import Embedding
 from fastlm.nn.linear import linear
 from fastlm.nn.meta import allocate, without_weights
@@ -39,9 +41,7 @@ class LSTMConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_layers", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_positive_int(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.tie_embeddings and self.embedding_dim != self.hidden_dim:
@@ -51,12 +51,8 @@ class LSTMConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LSTMConfig:
-        """The reverse of `to_dict`; an unknown key is a ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"LSTMConfig has no field {name!r}; it has: {', '.join(sorted(known))}")
-        return cls(**fields)
+        """The reverse of `to_dict`. An unknown key is an error that names the nearest field."""
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -12,6 +11,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastlm.hints import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -236,7 +237,9 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name, table in tables.items():
         if name not in sections:
-            raise ValueError(f"unknown section [{name}]{_nearest(name, sections)}; there are: {', '.join(sections)}")
+            raise ValueError(
+                f"unknown section [{name}]{did_you_mean(name, sections)}; there are: {', '.join(sections)}"
+            )
         if not isinstance(table, dict):
             raise ValueError(f"{name} must be a section with keys, got {table!r}")
         if name == "model":
@@ -294,7 +297,7 @@ def section_from_dict(cls: type, name: str, table: dict[str, Any]) -> Any:
     section, hints = cls(), typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in hints:
-            raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+            raise ValueError(f"unknown key {name}.{key}{did_you_mean(key, hints)}; there are: {', '.join(hints)}")
         if hints[key] is str and type(value) is int:
             value = str(value)
         setattr(section, key, _typed(f"{name}.{key}", value, hints[key]))
@@ -313,7 +316,7 @@ def _model_hints(objective: str) -> dict[str, Any]:
 
 def _checked_model_value(key: str, value: Any, hints: dict[str, Any]) -> Any:
     if key not in hints:
-        raise ValueError(f"unknown key model.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+        raise ValueError(f"unknown key model.{key}{did_you_mean(key, hints)}; there are: {', '.join(hints)}")
     return _typed(f"model.{key}", value, hints[key])
 
 
@@ -337,11 +340,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
 # What other trainers call our settings.
 _ALSO_CALLED = {
     "learning_rate": "training.lr",
@@ -360,7 +358,7 @@ def _hint(key: str, known: typing.Iterable[str]) -> str:
     sections = dataclasses.asdict(RunConfig())
     elsewhere = {name: f"{section}.{name}" for section, table in sections.items() for name in table}
     name = elsewhere.get(key) or _ALSO_CALLED.get(key)
-    return f" (did you mean {name}?)" if name else _nearest(key, known)
+    return did_you_mean(name, [name]) if name else did_you_mean(key, known)
 
 
 def _one_of(name: str, value: Any, choices: typing.Sequence[Any]) -> None:
