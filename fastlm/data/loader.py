@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.batches import Batch
+from fastlm.data.batches import Batch, check_position
 from fastlm.data.prepare import MANIFEST
 from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -62,6 +62,13 @@ class TokenData:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text that one id stands for, on average: turns nats per token into bits per byte."""
         return self.text_bytes / self.tokens
+
+    def check_read(self, ids: np.ndarray) -> None:
+        """ValueError where ids that were read from the shards are not in the vocabulary."""
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"the shards in {self.paths[0].parent} are damaged: id {ids.max()} in a vocabulary of {self.vocab_size}"
+            )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -188,12 +195,7 @@ class WindowLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data, seed, order or block size."""
-        mine = self.state_dict()
-        for key in ("seed", "order", "block_size", "tokens", "tokenizer"):
-            if state[key] != mine[key]:
-                raise ValueError(
-                    f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
-                )
+        check_position(state, self.state_dict())
         self.samples = state["samples"]
 
     def _starts_in_all(self) -> int:
@@ -225,11 +227,7 @@ class WindowLoader:
             rows = np.empty((len(start), self.block_size + 1), dtype=self._windows[0].dtype)
             for s in np.unique(shard):
                 rows[shard == s] = self._windows[s][start[shard == s]]
-        if rows.max() >= self.data.vocab_size:
-            raise ValueError(
-                f"the shards in {self.data.paths[0].parent} are damaged: "
-                f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
-            )
+        self.data.check_read(rows)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 

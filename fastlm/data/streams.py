@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlm.data.batches import check_position
 from fastlm.data.loader import TokenData
 
 EVALUATION_WINDOWS = 4  # an evaluation reads so many windows in a row, for it begins with an empty state
@@ -90,22 +91,12 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data or another number of rows."""
-        mine = self.state_dict()
-        for key in ("rows", "block_size", "tokens", "tokenizer"):
-            if state.get(key) != mine[key]:
-                raise ValueError(
-                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
-                    "not the same data"
-                )
+        check_position(state, self.state_dict())
         self.samples = state["samples"]
 
     def _read(self, starts: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = np.stack([self._tokens(start, length + 1) for start in starts]).astype(np.int64)
-        if rows.max() >= self.data.vocab_size:
-            raise ValueError(
-                f"the shards in {self.data.paths[0].parent} are damaged: "
-                f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
-            )
+        self.data.check_read(rows)
         both = torch.from_numpy(rows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -97,9 +96,7 @@ class Task:
     def loaders(self, model: Classifier, group: Processes) -> Loaders:
         """The examples, packed; sets training.steps from the epochs."""
         t = self._config.training
-        if self._settings.epochs > 0:
-            batch = t.batch_size * t.grad_accum * group.world_size
-            t.steps = max(1, math.ceil(self._settings.epochs * len(self._train) / batch))
+        t.count_epochs(self._settings.epochs, len(self._train), group.world_size)
 
         def loader(examples: Sequence[Example], **part: int) -> ExampleLoader:
             ids = encode([text for text, _ in examples], self.tokenizer, model)

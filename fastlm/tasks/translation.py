@@ -7,7 +7,6 @@ the target between two ends of text.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,9 +120,7 @@ class Task:
     def loaders(self, model: GPT | EncoderDecoder, group: Processes) -> Loaders:
         """The pairs; sets training.steps from the epochs."""
         t = self._config.training
-        if self._settings.epochs > 0:
-            batch = t.batch_size * t.grad_accum * group.world_size
-            t.steps = max(1, math.ceil(self._settings.epochs * len(self._train) / batch))
+        t.count_epochs(self._settings.epochs, len(self._train), group.world_size)
 
         def loader(pairs: Sequence[Pair], **part: int) -> PairLoader:
             encoded = encode_pairs(pairs, self.tokenizer, model.config.block_size)

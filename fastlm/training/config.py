@@ -59,6 +59,12 @@ class TrainingConfig:
     parallel: str = "ddp"  # several processes: each holds the model ("ddp") or a part of it ("fsdp", FSDP2)
     gradient_checkpointing: bool = False  # keep only the blocks' inputs, recompute the rest in the backward pass
 
+    def count_epochs(self, epochs: float, examples: int, world_size: int) -> None:
+        """Set `steps` to so many passes over the examples; 0 leaves it as it is."""
+        if epochs > 0:
+            batch = self.batch_size * self.grad_accum * world_size
+            self.steps = max(1, math.ceil(epochs * examples / batch))
+
 
 @dataclass
 class MaskingConfig:
