@@ -12,15 +12,13 @@ from torch import Tensor
 from fastlm.generation.cache import KVCache, Pool, PoolRows, PrefixCache, RaggedCache
 from fastlm.generation.decoder import Decoder
 from fastlm.generation.graph import GraphDecoder
+from fastlm.generation.prompts import Prompts, checked_prompts
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
-from fastlm.models.checks import check_ids
 from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
-
-Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
 @torch.no_grad()
@@ -79,7 +77,7 @@ def generate(
     if overflow not in ("slide", "error"):
         raise ValueError(f"overflow must be 'slide' or 'error', got {overflow!r}")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    prompts = _prompts(model, idx)
+    prompts = checked_prompts(idx, model.config.vocab_size, model.device, model.config.block_size)
     finished_by = stop_rule(stop, eos_token)
     pad_token = next(iter(eos_tokens(eos_token)), None) if pad_token is None else pad_token
     as_tensor = isinstance(idx, Tensor)
@@ -268,29 +266,6 @@ def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]
         return together
     logits.update(zip(map(id, decoding), together.split(sizes), strict=True))
     return torch.cat([logits[id(group)] for group in groups])
-
-
-def _prompts(model: GPT, idx: Prompts) -> list[Tensor]:
-    """The prompts as 1-D int64 tensors on the model's device, each checked."""
-    if isinstance(idx, Tensor) and idx.dim() != 2:
-        raise ValueError(f"a tensor of prompts must have shape (B, T), got {tuple(idx.shape)}")
-    prompts = []
-    for row, prompt in enumerate(idx):
-        ids = torch.as_tensor(prompt, device=model.device)
-        if ids.dim() != 1:
-            raise ValueError(f"prompt {row} must be a 1-D tensor or a list of token ids, got shape {tuple(ids.shape)}")
-        if len(ids) == 0:
-            raise ValueError(f"prompt {row} is empty: give at least one token (such as the end-of-text token)")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"prompt {row} must hold integer token ids, got {ids.dtype}")
-        if len(ids) > model.config.block_size:
-            raise ValueError(
-                f"prompt {row} has {len(ids)} tokens, more than this model's context, block_size = "
-                f"{model.config.block_size}; cut it to its last {model.config.block_size} tokens"
-            )
-        prompts.append(ids.to(torch.int64))
-        check_ids(prompts[-1][None], model.config.vocab_size)
-    return prompts
 
 
 def _padded(rows: list[Tensor], pad_token: int | None) -> Tensor:
