@@ -12,8 +12,8 @@ import torch
 
 from fastlm.data import Tokenizer
 from fastlm.evaluation.recurrent import CausalModel, context_of, loss_of
-from fastlm.evaluation.text import IGNORED
 from fastlm.nn.modes import autocast, evaluating
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then wobble by about 0.001
 

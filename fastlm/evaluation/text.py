@@ -14,8 +14,7 @@ from fastlm.data import TokenData, Tokenizer
 from fastlm.evaluation.recurrent import CausalModel, score_recurrent
 from fastlm.models.lstm import LSTMLM
 from fastlm.nn.modes import autocast, evaluating
-
-IGNORED = -100
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Embedding, LayerNorm
 from fastlm.nn.linear import linear
 from fastlm.nn.packing import Padding, packed_positions, padding
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 __all__ = ["Encoder", "EncoderConfig"]
-
-IGNORED = -100  # a target that is not to be predicted
 
 
 class Encoder(nn.Module):

@@ -28,13 +28,13 @@ from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
 from fastlm.models.seq2seq import EncoderDecoder
 from fastlm.nn.modes import evaluating
+from fastlm.ops.linear_cross_entropy import IGNORED
 from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
 from fastlm.training.distributed import Processes
 from fastlm.training.run import Loaders, choose_checkpoint
 
 SEPARATOR = "\t"
-IGNORED = -100
 ARCHITECTURES = ("decoder", "encoder-decoder")
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.loader import ORDERS
 from fastlm.hints import did_you_mean
+from fastlm.models.lora import TARGETS as LORA_TARGETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,7 +23,6 @@ else:
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-ORDERS = ("random", "shuffled")
 PARALLEL = ("ddp", "fsdp")
 OBJECTIVES = ("causal", "masked", "recurrent")
 
@@ -151,7 +152,7 @@ class RunConfig:
         t, e, c, o = self.training, self.evaluation, self.checkpoint, self.optimizer
         m, lora = self.masking, self.lora
         _one_of("training.objective", t.objective, OBJECTIVES)
-        _one_of("lora.targets", lora.targets, ("qv", "attention", "all"))
+        _one_of("lora.targets", lora.targets, LORA_TARGETS)
         _one_of("training.precision", t.precision, PRECISIONS)
         _one_of("training.schedule", t.schedule, SCHEDULES)
         _one_of("training.parallel", t.parallel, PARALLEL)
