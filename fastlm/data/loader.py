@@ -102,8 +102,7 @@ class WindowLoader:
         batch_size: windows per `next_batch` on this process.
         block_size: tokens in a window, T.
         order: "random" draws every window's start uniformly; "shuffled" goes through the text in windows that do not
-            overlap,
-            each once an epoch, in a new order and with a new offset every epoch.
+            overlap, each once an epoch, in a new order and with a new offset every epoch.
         rank, world_size: this process takes every world_size-th batch of the global sequence.
     """
 
@@ -135,12 +134,10 @@ class WindowLoader:
             )
         self._windows = [np.lib.stride_tricks.sliding_window_view(a, block_size + 1) for a in arrays]
         lengths = np.array([len(a) for a in arrays], dtype=np.int64)
-        # Windows per shard: every start is one ("random"), or every block_size-th, with room left for the epoch's
-        # offset.
+        # Windows per shard: every start is one ("random"), or every block_size-th, with room for the epoch's offset.
         self._counts = lengths - block_size if order == "random" else np.maximum(1, lengths // block_size - 1)
-        self._slack = np.minimum(
-            block_size, lengths - self._counts * block_size
-        )  # offsets possible in a "shuffled" epoch
+        # Offsets that are possible in a "shuffled" epoch.
+        self._slack = np.minimum(block_size, lengths - self._counts * block_size)
         self._ends = np.cumsum(self._counts)
 
     @property

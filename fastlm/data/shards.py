@@ -99,8 +99,8 @@ def map_shard(path: str | Path) -> np.ndarray:
 class ShardWriter:
     """Writes one shard piece by piece, and gives it its name only when it is whole and on the disk.
 
-    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that
-        name as it was.
+    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that name
+    as it was.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):

@@ -26,7 +26,9 @@ from fastlm.generation.beam import Hypothesis, beam_search, check_options, searc
 from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
-from fastlm.models.seq2seq import EncoderDecoder
+from fastlm.models.huggingface import from_pretrained
+from fastlm.models.huggingface.load import read_config
+from fastlm.models.seq2seq import MODEL_TYPE, EncoderDecoder
 from fastlm.nn.modes import evaluating
 from fastlm.ops.linear_cross_entropy import IGNORED
 from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
@@ -297,10 +299,6 @@ class SourceLoader(PairLoader):
 
 def open_translator(path: Path) -> GPT | EncoderDecoder:
     """The model in a folder that a translation run wrote."""
-    from fastlm.models.huggingface import from_pretrained
-    from fastlm.models.huggingface.load import read_config
-    from fastlm.models.seq2seq import MODEL_TYPE
-
     if read_config(path).get("model_type") == MODEL_TYPE:
         return EncoderDecoder.from_pretrained(path)
     return from_pretrained(path)
