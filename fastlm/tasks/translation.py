@@ -327,8 +327,9 @@ def translate(
     with evaluating(model):
         for _, same in itertools.groupby(order, key=lambda row: len(ids[row])):
             rows = list(same)
-            decoder = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
+            continuations = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
             steps = min(max_new_tokens, model.config.block_size)
-            for row, h in zip(rows, search(decoder, len(rows), steps, eot, beams, length_penalty), strict=True):
+            found = search(continuations, len(rows), steps, eot, beams, length_penalty)
+            for row, h in zip(rows, found, strict=True):
                 results[row] = h
     return [tokenizer.decode(h.tokens).strip() for h in results if h is not None]
