@@ -77,7 +77,7 @@ class TestPrepareAndTrain:
 
     def test_wrong_settings_and_arguments(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        assert "did you mean lr?" in fails("train", "--out", run, "--set", "training.lrr=1")
+        assert "did you mean 'lr'?" in fails("train", "--out", run, "--set", "training.lrr=1")
         assert "data.path is missing" in fails("train", "--out", run)
         assert "not a fastlm dataset" in fails("train", "--out", run, "--data", tmp_path)
         assert "either --out" in fails("train", code=2)

@@ -132,6 +132,8 @@ def test_a_state_of_other_data_is_refused(dataset: TokenData) -> None:
             loader.load_state_dict(state)
     with pytest.raises(ValueError, match="tokens=1"):
         WindowLoader(dataset, 4, 16, seed=1).load_state_dict({**state, "tokens": 1})
+    with pytest.raises(ValueError, match="seed=None, this loader 1"):
+        WindowLoader(dataset, 4, 16, seed=1).load_state_dict({"samples": 3})
 
 
 def test_another_text_of_the_same_length_is_refused(tmp_path: Path) -> None:

@@ -174,6 +174,16 @@ def test_gradients_are_those_of_textbook_pytorch():
             torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(("training", "forward_passes"), [(True, 2), (False, 1)])
+def test_gradient_checkpointing_recomputes_in_training_alone(training, forward_passes):
+    model = tiny().train(training)
+    model.gradient_checkpointing = True
+    seen = []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    model.hidden_states(padded_batch()[0]).sum().backward()
+    assert len(seen) == forward_passes
+
+
 def test_the_own_format_keeps_all(tmp_path):
     model = tiny(mask_token_id=96, dropout=0.1, pooler=True)
     model.save_pretrained(tmp_path, format="fastlm")

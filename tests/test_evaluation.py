@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
@@ -26,6 +27,7 @@ from fastlm.evaluation import (
 )
 from fastlm.evaluation.text import _windows
 from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.nn.modes import evaluating
 from tests.training_runs import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,6 +180,19 @@ def test_a_model_that_knows_the_text_answers_right() -> None:
 def test_an_ending_that_does_not_fit_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="does not fit block_size=16"):
         score_choices(model, ByteTokenizer(), [Question("c", ("x" * 30, "y"), 0)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_comes_back_also_after_an_error(model: GPT, training: bool) -> None:
+    model.train(training)
+    for ids in (np.arange(5), np.array([300, 0])):  # the model does not know 300
+        with contextlib.suppress(ValueError):
+            score_tokens(model, ids)
+        assert model.training == training and all(module.training == training for module in model.modules())
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert model.training == training
 
 
 def test_the_bootstrap_interval() -> None:

@@ -1,13 +1,15 @@
-"""The sampling functions against brute force, and the draws against their probabilities."""
+"""The filters against brute force, and the draws against the filtered probabilities."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from fastlm.generation import Sampling, filter_min_p, filter_top_k, filter_top_p, penalise_repetition
+from fastlm.generation import Sampling, penalise_repetition
+from tests.sampling_filters import filter_min_p, filter_top_k, filter_top_p, filtered
 
 SEEDS = range(5)
 
@@ -61,9 +63,9 @@ def test_min_p(seed, p):
 
 def test_what_is_kept_is_unchanged():
     logits = random_logits(0)
-    for filtered in (filter_top_k(logits, 5), filter_top_p(logits, 0.8), filter_min_p(logits, 0.1)):
-        stays = filtered > -math.inf
-        assert torch.equal(filtered[stays], logits[stays]) and not bool(stays.all())
+    for left in (filter_top_k(logits, 5), filter_top_p(logits, 0.8), filter_min_p(logits, 0.1)):
+        stays = left > -math.inf
+        assert torch.equal(left[stays], logits[stays]) and not bool(stays.all())
 
 
 def test_penalty_lowers_what_was_seen():
@@ -94,7 +96,10 @@ def test_draws_follow_the_filtered_probabilities(sampling):
     draws = 200_000
     logits = random_logits(2, rows=1, size=9)
     seen = torch.arange(9)[None] % 3 == 0
-    probabilities = sampling.filtered(logits, seen).double().softmax(-1)[0]
+    options = dataclasses.asdict(sampling)
+    penalty = options.pop("repetition_penalty")
+    penalised = logits if penalty is None else penalise_repetition(logits, seen, penalty)
+    probabilities = filtered(penalised, **options).double().softmax(-1)[0]
     tokens = sampling(logits.expand(draws, 9), seen.expand(draws, 9), torch.Generator().manual_seed(0))
     frequencies = torch.bincount(tokens, minlength=9).double() / draws
     deviation = (probabilities * (1 - probabilities) / draws).sqrt()
@@ -106,6 +111,6 @@ def test_order_of_the_steps():
     """The temperature comes before top-p and min-p: a hot distribution keeps more tokens."""
     logits = random_logits(3)
     for name in ("top_p", "min_p"):
-        cold, hot = (Sampling(temperature=t, **{name: 0.5}).filtered(logits) for t in (0.3, 3.0))
+        cold, hot = (filtered(logits, temperature=t, **{name: 0.5}) for t in (0.3, 3.0))
         assert all(a <= b for a, b in zip(kept(cold), kept(hot), strict=True))
         assert kept(cold) != kept(hot)

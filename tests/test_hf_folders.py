@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastlm
-from fastlm.models.huggingface import atomic, save
+from fastlm import files
+from fastlm.models.huggingface import save
 from fastlm.models.huggingface.configs import config_from_huggingface
 
 TINY = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -252,9 +253,9 @@ def test_a_save_that_fails_changes_nothing(fails_at, exchange, folder, monkeypat
 
     monkeypatch.setattr(save, "save_file", full_disk)
     if exchange == "two renames":
-        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *args, **kwargs: object())
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
     if fails_at == "renaming":
-        monkeypatch.setattr(atomic, "_exchange", cannot_rename)
+        monkeypatch.setattr(files, "_exchange", cannot_rename)
     with pytest.raises(OSError):
         tiny(seed=1).save_pretrained(folder, max_shard_size="30KB")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -294,7 +295,7 @@ def test_a_real_write_error_and_a_kill_leave_the_model_whole(folder):
 
 
 def test_folders_are_replaced_without_the_system_call(folder, monkeypatch):
-    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *args, **kwargs: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
     other = tiny(seed=1)
     other.save_pretrained(folder)
     assert torch.equal(logits(fastlm.GPT.from_pretrained(folder)), logits(other))

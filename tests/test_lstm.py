@@ -128,7 +128,7 @@ def test_generation_options() -> None:
     assert len(set(penalised)) == len(penalised)
     assert model.generate([], 3) == [] and [r.tolist() for r in model.generate([[1]], 0)] == [[1]]
     for idx, options, message in (
-        ([[]], {}, "at least one token id"),
+        ([[]], {}, "prompt 0 is empty: give at least one token"),
         ([[1.5]], {}, "integer token ids"),
         (torch.ones(3, dtype=torch.int64), {}, r"shape \(B, T\)"),
         ([[1]], {"max_new_tokens": -1}, "must not be negative"),

@@ -350,7 +350,8 @@ def test_presets_and_changes():
         assert fastlm.GPTConfig.from_dict(config.to_dict()) == config
     wider = dataclasses.replace(fastlm.GPTConfig.preset("gpt2"), n_embd=1536)
     assert (wider.head_size, wider.mlp_size, wider.kv_heads) == (128, 6144, 12)
-    assert fastlm.GPTConfig.preset("nano", dropout=0.1).dropout == 0.1
+    dropped = fastlm.GPTConfig.preset("nano", dropout=0.1, attention_dropout=0.0)
+    assert (dropped.dropout, dropped.attention_dropout_p, dropped.embedding_dropout_p) == (0.1, 0.0, 0.1)
     with pytest.raises(ValueError, match=r"no preset 'gpt2-midium' \(did you mean 'gpt2-medium'\?\)"):
         fastlm.GPTConfig.preset("gpt2-midium")
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastlm
-from fastlm.generation import Sampling
 from fastlm.ops import sample
 from fastlm.ops.philox import philox4x32
 from fastlm.ops.sample.reference import kept_weights, random_words
 from tests.op_suite import BACKENDS, DTYPES, device_of
+from tests.sampling_filters import filtered
 
 SLOW = ("emulator", "triton")
 OPTIONS = [
@@ -94,9 +94,9 @@ def test_more_candidates_than_shared_memory_holds(backend: str, spread: float, o
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
 def test_frequencies_are_the_filtered_probabilities(backend, options) -> None:
-    """100,000 draws: within five standard deviations of what generation's filters give; nothing outside of the set."""
+    """100,000 draws: within five standard deviations of what the filters leave; nothing outside of the set."""
     draws, logits = 100_000, random_logits(1, 30, seed=3)
-    probabilities = Sampling(**options).filtered(logits).double().softmax(-1)[0]
+    probabilities = filtered(logits, **options).double().softmax(-1)[0]
     ids = run(backend, logits.expand(draws, 30), rng_state=torch.tensor([7, 1]), **options)
     frequencies = torch.bincount(ids, minlength=30).double() / draws
     deviation = (probabilities * (1 - probabilities) / draws).sqrt()
@@ -105,12 +105,12 @@ def test_frequencies_are_the_filtered_probabilities(backend, options) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
-def test_what_is_kept_is_what_the_filters_of_generation_keep(seed, options) -> None:
+def test_what_is_kept_is_what_the_filters_keep(seed, options) -> None:
     logits = random_logits(5, 200, seed)
     _, temperature, top_k, top_p, log_min_p, _ = fastlm.ops.registry._prepare["sample"](logits, **options)
     x = logits / temperature
     weights = kept_weights(x, x.amax(-1, keepdim=True), top_k, top_p, log_min_p)
-    kept = (Sampling(**options).filtered(logits) > -math.inf) & (x > x.amax(-1, keepdim=True) - 40 * math.log(2))
+    kept = (filtered(logits, **options) > -math.inf) & (x > x.amax(-1, keepdim=True) - 40 * math.log(2))
     assert torch.equal(weights > 0, kept)
 
 

@@ -279,8 +279,8 @@ def test_bad_input(tmp_path, one_thread):
         (["task.test_fraction=1.0"], "must be at least 0 and less than 1"),
         (["task.test_fraction=0.99", "task.val_fraction=0.99"], "leave no example to train on"),
         (["task.pooling=max"], "pooling must be one of mean, first, last"),
-        (["task.epoch=2"], r"unknown key task.epoch \(did you mean epochs\?\)"),
-        (["task.name=clasification"], r"no task 'clasification' \(did you mean classification\?\)"),
+        (["task.epoch=2"], r"unknown key task.epoch \(did you mean 'epochs'\?\)"),
+        (["task.name=clasification"], r"no task 'clasification' \(did you mean 'classification'\?\)"),
         (["task.model=''"], "task.model is missing"),
         (["task.train=''"], "task.train is missing"),
     ):

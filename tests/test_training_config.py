@@ -43,11 +43,11 @@ def test_writing_and_reading_again_gives_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.learning_rate=1", r"unknown key training\.learning_rate \(did you mean training\.lr\?\)"),
-        ("training.weight_decay=1", r"unknown key training\.weight_decay \(did you mean optimizer\.weight_decay\?\)"),
-        ("training.lrr=1", r"unknown key training\.lrr \(did you mean lr\?\)"),
-        ("trainin.lr=1", r"unknown section \[trainin\] \(did you mean training\?\)"),
-        ("model.n_layers=1", r"unknown key model\.n_layers \(did you mean n_layer\?\)"),
+        ("training.learning_rate=1", r"unknown key training\.learning_rate \(did you mean 'training\.lr'\?\)"),
+        ("training.weight_decay=1", r"unknown key training\.weight_decay \(did you mean 'optimizer\.weight_decay'\?\)"),
+        ("training.lrr=1", r"unknown key training\.lrr \(did you mean 'lr'\?\)"),
+        ("trainin.lr=1", r"unknown section \[trainin\] \(did you mean 'training'\?\)"),
+        ("model.n_layers=1", r"unknown key model\.n_layers \(did you mean 'n_layer'\?\)"),
         ("training.steps=1.5", r"training\.steps must be a whole number, got 1\.5 \(float\)"),
         ("training.steps=true", r"training\.steps must be a whole number, got True"),
         ("training.lr=fast", r"training\.lr must be a number, got 'fast'"),

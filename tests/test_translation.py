@@ -258,6 +258,24 @@ def test_bad_input(pairs_file: Path, tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.parametrize("name", ["x", "source"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.full((1, 3), 19), "holds the token id 19; this model knows 0 to 18"),
+        (torch.full((1, 3), -1), "holds the token id -1; this model knows 0 to 18"),
+        (torch.zeros(1, 3), "must be int64 or int32 token ids, got torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.bool), "must be int64 or int32 token ids, got torch.bool"),
+        (torch.zeros(3, dtype=torch.int64), r"must have shape \(B, T\) with at least one token, got \(3,\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"must have shape \(B, T\) with at least one token, got \(1, 0\)"),
+    ],
+)
+def test_bad_ids(name: str, wrong: torch.Tensor, message: str) -> None:
+    given = {"x": ids(1, 3), "source": ids(1, 3), name: wrong}
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        small()(given["x"], source=given["source"])
+
+
 def test_tatoebas_pairs_are_read(data: Path) -> None:
     pairs = read_pairs(str(data / "translation" / "tatoeba.eng-fra.valid.tsv"), TranslationSettings())
     assert len(pairs) == 1000 and all(a and b for a, b in pairs)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import typer
 
+from fastlm.cli.bench import bench
 from fastlm.cli.chat import chat
 from fastlm.cli.classify import classify
 from fastlm.cli.demo import demo
@@ -29,10 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, prepare, train, finetune, evaluate, generate, chat, fill, classify, translate, info, tune):
+for command in (demo, prepare, train, finetune, evaluate, generate, chat, fill, classify, translate, info, tune, bench):
     app.command()(command)
-if importlib.util.find_spec("fastlm.cli.bench"):
-    app.command()(importlib.import_module("fastlm.cli.bench").bench)
 
 
 def main() -> None:

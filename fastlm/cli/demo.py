@@ -109,7 +109,7 @@ def demo(
     tokenizer = _prepare(data, run, preset, console)
     config = _config(run, preset, seed, device, steps or preset.steps)
     if steps is None:
-        _fit_steps_to_time(config, tokenizer, chosen, (minutes or preset.minutes) * 60, console)
+        _fit_steps_to_time(config, tokenizer, chosen, (minutes or preset.minutes) * 60)
     where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shape = config.model
     console.print(
@@ -223,7 +223,7 @@ def _config(run: Path, preset: Preset, seed: int, device: str, steps: int) -> Ru
     )
 
 
-def _fit_steps_to_time(config: RunConfig, tokenizer: Tokenizer, device: Any, seconds: float, console: Console) -> None:
+def _fit_steps_to_time(config: RunConfig, tokenizer: Tokenizer, device: Any, seconds: float) -> None:
     """Time a few steps of a model that is thrown away, and take as many as fit into the time, at most the preset's."""
     import torch
 

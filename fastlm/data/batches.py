@@ -51,6 +51,15 @@ class Loader(Protocol):
         ...
 
 
+def check_position(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    """ValueError where the saved state of a loader is not of the data of `mine`: all but `samples` must agree."""
+    for key in mine:
+        if key != "samples" and saved.get(key) != mine[key]:
+            raise ValueError(
+                f"the saved data position has {key}={saved.get(key)!r}, this loader {mine[key]!r}: not the same data"
+            )
+
+
 def forward_arguments(batch: Batch, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """The positional and named arguments of a model's forward, on its device."""
     if isinstance(batch, dict):

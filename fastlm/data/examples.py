@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.batches import Batch
+from fastlm.data.batches import Batch, check_position
 from fastlm.data.loader import evenly_spaced, permute, scramble
 
 
@@ -89,13 +89,7 @@ class ExampleLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken; ValueError where it belongs to other examples or another seed."""
-        mine = self.state_dict()
-        for key in ("seed", "examples", "digest"):
-            if state.get(key) != mine[key]:
-                raise ValueError(
-                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
-                    "not the same data"
-                )
+        check_position(state, self.state_dict())
         self.samples = state["samples"]
 
     def _example(self, sample: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.batches import Batch
+from fastlm.data.batches import Batch, check_position
 from fastlm.data.prepare import MANIFEST
 from fastlm.data.shards import map_shard, read_header
 from fastlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -74,6 +74,13 @@ class TokenData:
         """UTF-8 bytes of text that one id stands for, on average: turns nats per token into bits per byte."""
         return self.text_bytes / self.tokens
 
+    def check_read(self, ids: np.ndarray) -> None:
+        """ValueError where ids that were read from the shards are not in the vocabulary."""
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"the shards in {self.paths[0].parent} are damaged: id {ids.max()} in a vocabulary of {self.vocab_size}"
+            )
+
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The dataset.json of a dataset folder, with a clear error where there is none."""
@@ -106,8 +113,7 @@ class WindowLoader:
         batch_size: windows per `next_batch` on this process.
         block_size: tokens in a window, T.
         order: "random" draws every window's start uniformly; "shuffled" goes through the text in windows that do not
-            overlap,
-            each once an epoch, in a new order and with a new offset every epoch.
+            overlap, each once an epoch, in a new order and with a new offset every epoch.
         rank, world_size: this process takes every world_size-th batch of the global sequence.
     """
 
@@ -139,12 +145,10 @@ class WindowLoader:
             )
         self._windows = [np.lib.stride_tricks.sliding_window_view(a, block_size + 1) for a in arrays]
         lengths = np.array([len(a) for a in arrays], dtype=np.int64)
-        # Windows per shard: every start is one ("random"), or every block_size-th, with room left for the epoch's
-        # offset.
+        # Windows per shard: every start is one ("random"), or every block_size-th, with room for the epoch's offset.
         self._counts = lengths - block_size if order == "random" else np.maximum(1, lengths // block_size - 1)
-        self._slack = np.minimum(
-            block_size, lengths - self._counts * block_size
-        )  # offsets possible in a "shuffled" epoch
+        # Offsets that are possible in a "shuffled" epoch.
+        self._slack = np.minimum(block_size, lengths - self._counts * block_size)
         self._ends = np.cumsum(self._counts)
 
     @property
@@ -171,7 +175,7 @@ class WindowLoader:
     def weight(self, batch: Batch) -> None:
         """None: every token is a target, and the batches are of one size."""
 
-    def evaluation_batches(self, count: int) -> Iterator[tuple[Batch, int]]:
+    def evaluation_batches(self, count: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], int]]:
         """`count` windows at even distances over the whole split, but no more than cover it; in batches, each with its
         weight in the mean loss (its windows).
 
@@ -202,12 +206,7 @@ class WindowLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data, seed, order or block size."""
         mine = self.state_dict()
-        state = {"digest": mine["digest"], **state}  # an older state has none
-        for key in ("seed", "order", "block_size", "tokens", "tokenizer", "digest"):
-            if state[key] != mine[key]:
-                raise ValueError(
-                    f"the saved data position has {key}={state[key]!r}, this loader {mine[key]!r}: not the same data"
-                )
+        check_position({"digest": mine["digest"], **state}, mine)  # an older state has no digest
         self.samples = state["samples"]
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,11 +235,7 @@ class WindowLoader:
             rows = np.empty((len(start), self.block_size + 1), dtype=self._windows[0].dtype)
             for s in np.unique(shard):
                 rows[shard == s] = self._windows[s][start[shard == s]]
-        if rows.max() >= self.data.vocab_size:
-            raise ValueError(
-                f"the shards in {self.data.paths[0].parent} are damaged: "
-                f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
-            )
+        self.data.check_read(rows)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 

@@ -19,8 +19,8 @@ from fastlm.data.bpe import BPETokenizer
 from fastlm.data.loader import WindowLoader
 from fastlm.data.special import special_ids
 from fastlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from fastlm.ops.linear_cross_entropy import IGNORED
 
-IGNORED = -100
 _EVALUATION_SEED = 2**31 - 1  # the validation text is masked the same way every time
 
 

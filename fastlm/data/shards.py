@@ -25,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastlm.data.tokenizers import Tokenizer
+from fastlm.files import sync
 
 MAGIC = b"FASTLMTK"
 VERSION = 1
@@ -98,8 +99,8 @@ def map_shard(path: str | Path) -> np.ndarray:
 class ShardWriter:
     """Writes one shard piece by piece, and gives it its name only when it is whole and on the disk.
 
-    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that
-        name as it was.
+    Use it as a context manager: an exception inside removes the temporary file and leaves an older shard of that name
+    as it was.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):
@@ -133,9 +134,8 @@ class ShardWriter:
         )
         self._file.seek(0)
         self._file.write(header.pack())
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        sync(self._temporary)
         os.replace(self._temporary, self.path)
         return header
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlm.data.batches import Batch
+from fastlm.data.batches import Batch, check_position
 from fastlm.data.loader import TokenData, evenly_spaced, windows_to_cover
 
 EVALUATION_WINDOWS = 4  # an evaluation reads so many windows in a row, for it begins with an empty state
@@ -98,22 +98,12 @@ class StreamLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where it belongs to other data or another number of rows."""
         mine = self.state_dict()
-        state = {"digest": mine["digest"], **state}  # an older state has none
-        for key in ("rows", "block_size", "tokens", "tokenizer", "digest"):
-            if state.get(key) != mine[key]:
-                raise ValueError(
-                    f"the saved data position has {key}={state.get(key)!r}, this loader {mine[key]!r}: "
-                    "not the same data"
-                )
+        check_position({"digest": mine["digest"], **state}, mine)  # an older state has no digest
         self.samples = state["samples"]
 
     def _read(self, starts: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = np.stack([self._tokens(start, length + 1) for start in starts]).astype(np.int64)
-        if rows.max() >= self.data.vocab_size:
-            raise ValueError(
-                f"the shards in {self.data.paths[0].parent} are damaged: "
-                f"id {rows.max()} in a vocabulary of {self.data.vocab_size}"
-            )
+        self.data.check_read(rows)
         both = torch.from_numpy(rows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

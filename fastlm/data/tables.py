@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastlm.hints import did_you_mean
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 
@@ -85,7 +86,6 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 def _place(where: object, header: list[str], column: str) -> int:
     if column not in header:
-        near = difflib.get_close_matches(column, header, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(column, header)
         raise ValueError(f"{where}: there is no column {column!r}{hint}; it has: {', '.join(header) or 'none'}")
     return header.index(column)

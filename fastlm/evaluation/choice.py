@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 
 from fastlm.data import Tokenizer
 from fastlm.evaluation.recurrent import CausalModel, context_of, loss_of
-from fastlm.evaluation.text import IGNORED
+from fastlm.nn.modes import autocast, evaluating
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then wobble by about 0.001
 
@@ -105,20 +105,14 @@ def score_choices(
     likelihood = np.empty(len(items))
     order = sorted(range(len(items)), key=lambda i: len(items[i][0]))  # equal lengths together: little padding
     device = model.device
-    amp = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), amp:
-            for i in range(0, len(order), batch_size):
-                batch = order[i : i + batch_size]
-                x, y = _padded([items[j] for j in batch])
-                losses = loss_of(model, x.to(device), y.to(device), "none")  # (B, T), 0 where ignored
-                likelihood[batch] = -losses.double().sum(1).cpu().numpy()
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), evaluating(model), autocast(device, precision):
+        for i in range(0, len(order), batch_size):
+            batch = order[i : i + batch_size]
+            x, y = _padded([items[j] for j in batch])
+            losses = loss_of(model, x.to(device), y.to(device), "none")  # (B, T), 0 where ignored
+            likelihood[batch] = -losses.double().sum(1).cpu().numpy()
+            if progress is not None:
+                progress(len(batch))
     right, right_norm = [], []
     first = 0
     for question in questions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
+from fastlm.nn.modes import autocast, evaluating
 
 CausalModel = GPT | LSTMLM
 PIECE = 1024  # tokens read at once: the state goes on from piece to piece, so the number changes no result
@@ -45,17 +45,12 @@ def score_recurrent(
     if len(sequence) < 2:
         raise ValueError(f"nothing to score: {len(sequence)} token, at least 2 are needed")
     device = model.device
-    amp = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    was_training, total, hidden = model.training, 0.0, None
-    model.eval()
-    try:
-        with torch.no_grad(), amp:
-            for begin in range(0, len(sequence) - 1, PIECE):
-                piece = torch.from_numpy(sequence[begin : begin + PIECE + 1])[None].to(device)
-                loss, hidden = model(piece[:, :-1], hidden, targets=piece[:, 1:], reduction="sum")
-                total += float(loss)
-                if progress is not None:
-                    progress(piece.shape[1] - 1)
-    finally:
-        model.train(was_training)
+    total, hidden = 0.0, None
+    with torch.no_grad(), evaluating(model), autocast(device, precision):
+        for begin in range(0, len(sequence) - 1, PIECE):
+            piece = torch.from_numpy(sequence[begin : begin + PIECE + 1])[None].to(device)
+            loss, hidden = model(piece[:, :-1], hidden, targets=piece[:, 1:], reduction="sum")
+            total += float(loss)
+            if progress is not None:
+                progress(piece.shape[1] - 1)
     return total, len(sequence) - 1

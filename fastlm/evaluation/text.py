@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 from collections.abc import Callable, Iterator
@@ -14,8 +13,8 @@ import torch
 from fastlm.data import TokenData, Tokenizer
 from fastlm.evaluation.recurrent import CausalModel, score_recurrent
 from fastlm.models.lstm import LSTMLM
-
-IGNORED = -100
+from fastlm.nn.modes import autocast, evaluating
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)
@@ -117,21 +116,15 @@ def score_tokens(
     if len(sequence) < 2:
         raise ValueError(f"nothing to score: {len(sequence)} token, at least 2 are needed")
     device = model.device
-    amp = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     total, count = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), amp:
-            for x, y in _window_batches(sequence, block_size, stride, batch_size):
-                scored = int((y != IGNORED).sum())
-                _, loss = model(x.to(device), y.to(device), reduction="sum")
-                total += float(loss)  # type: ignore[arg-type]
-                count += scored
-                if progress is not None:
-                    progress(scored)
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), evaluating(model), autocast(device, precision):
+        for x, y in _window_batches(sequence, block_size, stride, batch_size):
+            scored = int((y != IGNORED).sum())
+            _, loss = model(x.to(device), y.to(device), reduction="sum")
+            total += float(loss)  # type: ignore[arg-type]
+            count += scored
+            if progress is not None:
+                progress(scored)
     return total, count
 
 

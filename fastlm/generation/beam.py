@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.cache import KVCache
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
 
 
-class Decoder(Protocol):
+class Continuations(Protocol):
     """A model in the middle of its continuations, one a row."""
 
     def first(self) -> Tensor:
@@ -77,18 +78,14 @@ def beam_search(
             )
     results: list[Hypothesis | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for length, same in itertools.groupby(order, key=lambda row: len(prompts[row])):
             rows = list(same)
-            decoder = _Continuations(model, torch.tensor([list(prompts[row]) for row in rows], device=model.device))
+            begun = torch.tensor([list(prompts[row]) for row in rows], device=model.device)
             steps = min(max_new_tokens, context - length)
-            found = search(decoder, len(rows), steps, eos_token, beams, length_penalty)
+            found = search(_GPTContinuations(model, begun), len(rows), steps, eos_token, beams, length_penalty)
             for row, hypothesis in zip(rows, found, strict=True):
                 results[row] = hypothesis
-    finally:
-        model.train(was_training)
     return [r for r in results if r is not None]
 
 
@@ -101,14 +98,19 @@ def check_options(beams: int, max_new_tokens: int, vocab_size: int) -> None:
 
 
 def search(
-    decoder: Decoder, prompts: int, max_new_tokens: int, eos_token: int, beams: int, length_penalty: float
+    continuations: Continuations,
+    prompts: int,
+    max_new_tokens: int,
+    eos_token: int,
+    beams: int,
+    length_penalty: float,
 ) -> list[Hypothesis]:
-    """Beam search over any decoder that begins with one row for each prompt; see `beam_search`.
+    """Beam search over any continuations that begin with one row for each prompt; see `beam_search`.
 
     Of the 2 K likeliest continuations of a prompt's K hypotheses, those that end are finished, and K others
     go on. A prompt is done when K have finished and no hypothesis that goes on scores better now.
     """
-    logits = decoder.first()
+    logits = continuations.first()
     device, vocab = logits.device, logits.shape[-1]
     finished: list[list[Hypothesis]] = [[] for _ in range(prompts)]
     open_prompts = list(range(prompts))
@@ -147,13 +149,13 @@ def search(
         if not open_prompts:
             break
         width, scores = beams, torch.tensor(new_scores, device=device)
-        decoder.keep(torch.tensor(rows, device=device))
-        logits = decoder.next(torch.tensor(chosen, device=device))
+        continuations.keep(torch.tensor(rows, device=device))
+        logits = continuations.next(torch.tensor(chosen, device=device))
     return [max(hypotheses, key=lambda h: h.score) for hypotheses in finished]
 
 
-class _Continuations:
-    """A GPT's `Decoder` for prompts of one length, (rows, T)."""
+class _GPTContinuations:
+    """A GPT's `Continuations` of prompts of one length, (rows, T)."""
 
     def __init__(self, model: GPT, prompts: Tensor) -> None:
         self._model, self._prompts = model, prompts

@@ -12,14 +12,13 @@ from torch import Tensor
 from fastlm.generation.cache import KVCache, Pool, PoolRows, PrefixCache, RaggedCache
 from fastlm.generation.decoder import Decoder
 from fastlm.generation.graph import GraphDecoder
+from fastlm.generation.prompts import Prompts, checked_prompts
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
-from fastlm.models.checks import check_ids
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
-
-Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
 @torch.no_grad()
@@ -49,8 +48,9 @@ def generate(
     Args:
         idx: (B, T) token ids, or a list of B prompts, 1-D tensors or lists of ids, of any lengths from 1 to block_size.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k, top_p, min_p, repetition_penalty: see `fastlm.generation.sampling`; the penalty is on the tokens of the
-            prompt and of the continuation.
+        top_k, top_p, min_p: see `fastlm.ops.sample`.
+        repetition_penalty: see `fastlm.generation.penalise_repetition`; on the tokens of the prompt and of the
+            continuation.
         eos_token: a row that produces it is finished; of several, any.
         stop: a row is finished when its continuation ends with one of these token sequences, or when a function of the
             continuation (a list of ids) returns True: `stop=lambda ids: "\\n\\n" in tokenizer.decode(ids)`.
@@ -77,7 +77,7 @@ def generate(
     if overflow not in ("slide", "error"):
         raise ValueError(f"overflow must be 'slide' or 'error', got {overflow!r}")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    prompts = _prompts(model, idx)
+    prompts = checked_prompts(idx, model.config.vocab_size, model.device, model.config.block_size)
     finished_by = stop_rule(stop, eos_token)
     pad_token = next(iter(eos_tokens(eos_token)), None) if pad_token is None else pad_token
     as_tensor = isinstance(idx, Tensor)
@@ -97,31 +97,28 @@ def generate(
     known = groups[:1]  # whose cache is the prefix_cache's
     if prefix_cache is not None:
         known[0].cache = prefix_cache.lend(prompts[0].tolist(), model.config.n_layer)
-    was_training = model.training
-    model.eval()
     try:
-        decode = _decoder(model)
-        reports = stream is not None or finished_by is not None
-        watch = _Watch()
-        for _ in range(max_new_tokens):
-            if not groups:
-                break
-            logits = _next_logits(model, decode, groups)  # (rows still open, V)
-            watch.see(logits)
-            if reports or not logits.is_cuda:
-                watch.refuse_nan()
-            seen = [group.seen for group in groups if group.seen is not None]
-            tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
-            parts = tokens.split([len(group.rows) for group in groups]) if len(groups) > 1 else [tokens]
-            for group, new in zip(groups, parts, strict=True):
-                group.append(new)
-                if reports:
-                    group.report(new.tolist(), stream, finished_by, results)
-            groups = [group for group in groups if group.rows]
-        watch.refuse_nan()
+        with evaluating(model):
+            decode = _decoder(model)
+            reports = stream is not None or finished_by is not None
+            watch = _Watch()
+            for _ in range(max_new_tokens):
+                if not groups:
+                    break
+                logits = _next_logits(model, decode, groups)  # (rows still open, V)
+                watch.see(logits)
+                if reports or not logits.is_cuda:
+                    watch.refuse_nan()
+                seen = [group.seen for group in groups if group.seen is not None]
+                tokens = sampling(logits, torch.cat(seen) if seen else None, generator)
+                parts = tokens.split([len(group.rows) for group in groups]) if len(groups) > 1 else [tokens]
+                for group, new in zip(groups, parts, strict=True):
+                    group.append(new)
+                    if reports:
+                        group.report(new.tolist(), stream, finished_by, results)
+                groups = [group for group in groups if group.rows]
+            watch.refuse_nan()
     finally:
-        if was_training:
-            model.train()
         if prefix_cache is not None:
             prefix_cache.give_back(known[0].cache, known[0].cached())
     for group in groups:
@@ -269,29 +266,6 @@ def _next_logits(model: GPT, decode: Callable[..., Tensor], groups: list[_Group]
         return together
     logits.update(zip(map(id, decoding), together.split(sizes), strict=True))
     return torch.cat([logits[id(group)] for group in groups])
-
-
-def _prompts(model: GPT, idx: Prompts) -> list[Tensor]:
-    """The prompts as 1-D int64 tensors on the model's device, each checked."""
-    if isinstance(idx, Tensor) and idx.dim() != 2:
-        raise ValueError(f"a tensor of prompts must have shape (B, T), got {tuple(idx.shape)}")
-    prompts = []
-    for row, prompt in enumerate(idx):
-        ids = torch.as_tensor(prompt, device=model.device)
-        if ids.dim() != 1:
-            raise ValueError(f"prompt {row} must be a 1-D tensor or a list of token ids, got shape {tuple(ids.shape)}")
-        if len(ids) == 0:
-            raise ValueError(f"prompt {row} is empty: give at least one token (such as the end-of-text token)")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"prompt {row} must hold integer token ids, got {ids.dtype}")
-        if len(ids) > model.config.block_size:
-            raise ValueError(
-                f"prompt {row} has {len(ids)} tokens, more than this model's context, block_size = "
-                f"{model.config.block_size}; cut it to its last {model.config.block_size} tokens"
-            )
-        prompts.append(ids.to(torch.int64))
-        check_ids(prompts[-1][None], model.config.vocab_size)
-    return prompts
 
 
 def _padded(rows: list[Tensor], pad_token: int | None) -> Tensor:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastlm.generation.prompts import Prompts, checked_prompts
 from fastlm.generation.sampling import Sampling
 from fastlm.generation.stopping import Stop, eos_tokens, stop_rule
+from fastlm.nn.modes import evaluating
 
 if TYPE_CHECKING:
-    from fastlm.generation.generate import Prompts
     from fastlm.models.lstm import LSTMLM
 
 
@@ -41,12 +42,10 @@ def generate_recurrent(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    prompts = _prompts(model, idx)
+    prompts = checked_prompts(idx, model.config.vocab_size, model.device)
     finished_by = stop_rule(stop, eos_token)
-    was_training = model.training
-    model.eval()
     continuations: list[list[int]] = [[] for _ in prompts]
-    try:
+    with evaluating(model):
         rows, states, hidden = _read(model, prompts)
         seen = _seen(model, prompts, rows) if repetition_penalty is not None else None
         for step in range(max_new_tokens if prompts else 0):
@@ -71,8 +70,6 @@ def generate_recurrent(
                 break
             y, hidden = model.hidden_states(tokens[:, None], hidden)
             states = y[:, -1]
-    finally:
-        model.train(was_training)
     results = [torch.cat((p, p.new_tensor(c))) for p, c in zip(prompts, continuations, strict=True)]
     if not isinstance(idx, Tensor):
         return results
@@ -103,18 +100,3 @@ def _seen(model: LSTMLM, prompts: list[Tensor], rows: list[int]) -> Tensor:
     for i, row in enumerate(rows):
         seen[i, prompts[row]] = True
     return seen
-
-
-def _prompts(model: LSTMLM, idx: Prompts) -> list[Tensor]:
-    """The prompts as 1-D int64 tensors on the model's device, each checked."""
-    if isinstance(idx, Tensor) and idx.dim() != 2:
-        raise ValueError(f"a tensor of prompts must have shape (B, T), got {tuple(idx.shape)}")
-    prompts = []
-    for row, prompt in enumerate(idx):
-        ids = torch.as_tensor(prompt, device=model.device)
-        if ids.dim() != 1 or len(ids) == 0:
-            raise ValueError(f"prompt {row} must be a 1-D list of at least one token id, got shape {tuple(ids.shape)}")
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"prompt {row} must hold integer token ids, got {ids.dtype}")
-        prompts.append(ids.to(torch.int64))
-    return prompts

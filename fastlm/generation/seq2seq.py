@@ -10,7 +10,7 @@ from fastlm.models.seq2seq import EncoderDecoder
 
 
 class Translations:
-    """An EncoderDecoder in the middle of its translations: the `Decoder` of beam search.
+    """An EncoderDecoder in the middle of its translations: the `Continuations` of beam search.
 
     Args:
         source: (B, S), of one length.

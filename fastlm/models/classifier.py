@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastlm.files import replace_folder, sync
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
-from fastlm.models.huggingface.atomic import replace_folder, sync
 from fastlm.models.huggingface.load import model_from_pretrained, read_config
 from fastlm.nn.packing import POOLINGS, pool
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from fastlm.hints import did_you_mean, from_fields
 from fastlm.nn.mlp import ACTIVATIONS, GATED
 from fastlm.nn.rotary import RopeScaling
 
@@ -18,8 +18,8 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
 class GPTConfig:
     """The shape and the options of a `fastlm.GPT`. The defaults are GPT-2 124M.
 
-    Fields that may be None follow from others; what they come to is `kv_heads`, `head_size` and `mlp_size`. So
-    `dataclasses.replace(config, n_embd=512)` does what it says.
+    Fields that may be None follow from others; what they come to is `kv_heads`, `head_size`, `mlp_size`,
+    `attention_dropout_p` and `embedding_dropout_p`. So `dataclasses.replace(config, n_embd=512)` does what it says.
 
     Raises:
         ValueError: a value is out of its range, or two do not fit together; the message names both.
@@ -80,6 +80,16 @@ class GPTConfig:
         # width is rounded up to a multiple of 64, which kernels like.
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.activation in GATED else 4 * self.n_embd
 
+    @property
+    def attention_dropout_p(self) -> float:
+        """The probability of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def embedding_dropout_p(self) -> float:
+        """The probability of dropout on the embedded tokens."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
+
     def has_bias(self, where: str) -> bool:
         """Whether the layers of one kind have a bias: where is "norm", "qkv", "attention" or "mlp"."""
         own = getattr(self, f"{where}_bias")
@@ -91,18 +101,14 @@ class GPTConfig:
         from fastlm.models.presets import PRESETS
 
         if name not in PRESETS:
-            near = nearest(name, PRESETS)
-            raise ValueError(f"there is no preset {name!r}{near}; the presets are: {', '.join(PRESETS)}")
+            hint = did_you_mean(name, PRESETS)
+            raise ValueError(f"there is no preset {name!r}{hint}; the presets are: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GPTConfig:
         """The reverse of `to_dict`. An unknown key is an error that names the nearest field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"GPTConfig has no field {name!r}{nearest(name, known)}")
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values that JSON and TOML can hold."""
@@ -158,9 +164,4 @@ def check_positive_int(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{nearest(str(value), choices)}")
-
-
-def nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")

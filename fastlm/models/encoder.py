@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.encoder_config import EncoderConfig
+from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Embedding, LayerNorm
 from fastlm.nn.linear import linear
 from fastlm.nn.packing import Padding, packed_positions, padding
+from fastlm.ops.linear_cross_entropy import IGNORED
 
 __all__ = ["Encoder", "EncoderConfig"]
-
-IGNORED = -100  # a target that is not to be predicted
 
 
 class Encoder(nn.Module):
@@ -55,16 +55,9 @@ class Encoder(nn.Module):
         self.head = MaskedHead(config) if config.mlm_head else None
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """BERT's start: N(0, 0.02²); biases 0, norms 1."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                nn.init.normal_(p, std=self.config.init_std)
+        init_normal(self, self.config.init_std)
 
     def forward(
         self,
@@ -133,7 +126,7 @@ class Encoder(nn.Module):
             cu_seqlens, max_seqlen = padded.cu_seqlens, padded.max_seqlen
         self._check_length(idx, cu_seqlens, max_seqlen)
         h = self._embed(idx, token_types, self._positions(idx, cu_seqlens, padded))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen if cu_seqlens is not None else None,
@@ -218,7 +211,7 @@ class EncoderBlock(nn.Module):
             config.n_embd,
             config.n_head,
             causal=False,
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
         )
         self.norm_1 = LayerNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config.n_embd, config.mlp_size, config.activation)

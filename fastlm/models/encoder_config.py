@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fastlm.models.config import check_choice, check_positive_int, nearest
+from fastlm.hints import did_you_mean, from_fields
+from fastlm.models.config import check_choice, check_positive_int
 from fastlm.nn.mlp import ACTIVATIONS, GATED
 
 LAYOUTS = ("bert", "roberta")
@@ -55,6 +56,11 @@ class EncoderConfig:
         return 4 * self.n_embd if self.intermediate_size is None else self.intermediate_size
 
     @property
+    def attention_dropout_p(self) -> float:
+        """The probability of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
     def position_offset(self) -> int:
         """The row of the first position in the table: RoBERTa's begins after its padding token's."""
         return 2 if self.layout == "roberta" else 0
@@ -64,17 +70,14 @@ class EncoderConfig:
         """A named configuration, with changes. The names are in `ENCODER_PRESETS`."""
         if name not in ENCODER_PRESETS:
             known = ", ".join(ENCODER_PRESETS)
-            raise ValueError(f"there is no preset {name!r}{nearest(name, ENCODER_PRESETS)}; the presets are: {known}")
+            hint = did_you_mean(name, ENCODER_PRESETS)
+            raise ValueError(f"there is no preset {name!r}{hint}; the presets are: {known}")
         return cls.from_dict({**ENCODER_PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EncoderConfig:
         """The reverse of `to_dict`. An unknown key is an error that names the nearest field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"EncoderConfig has no field {name!r}{nearest(name, known)}")
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values that JSON and TOML can hold."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fastlm.models.huggingface.atomic import replace_folder, sync
+from fastlm.files import replace_folder, sync
 
 
 def save_folder(model: nn.Module, path: str | os.PathLike[str], model_type: str, config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm import ops
 from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
+from fastlm.models.initial import init_normal
 from fastlm.nn import MLP, Attention, Cache, Embedding, LayerNorm, RMSNorm, Rotary, Sinusoidal, alibi_slopes
 from fastlm.nn.computed import Computed
 from fastlm.nn.linear import linear
@@ -46,7 +47,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embedding_dropout = config.dropout if config.embedding_dropout is None else config.embedding_dropout
+        self.embedding_dropout = config.embedding_dropout_p
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.sinusoidal = Sinusoidal(config.n_embd) if config.position == "sinusoidal" else None
@@ -59,18 +60,10 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """GPT-2's start: N(0, 0.02²), divided by sqrt(2 n_layer) into the residual stream; biases 0, norms 1."""
         std = self.config.init_std
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                into_residual = name.endswith("proj.weight")
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if into_residual else std)
+        init_normal(self, std, into_residual=std / math.sqrt(2 * self.config.n_layer))
 
     def forward(
         self,
@@ -286,7 +279,7 @@ class Block(nn.Module):
             scale=config.attention_scale,
             window=None if config.sliding_window is None else (config.sliding_window - 1, 0),
             softcap=config.attention_softcap,
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.norm_2 = _norm(config)

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.hints import from_fields
+from fastlm.models.checks import check_ids
+from fastlm.models.config import check_positive_int
+from fastlm.nn import Embedding
 from fastlm.nn.linear import linear
 from fastlm.nn.meta import allocate, without_weights
 
@@ -37,9 +41,7 @@ class LSTMConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_layers", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_positive_int(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.tie_embeddings and self.embedding_dim != self.hidden_dim:
@@ -49,12 +51,8 @@ class LSTMConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LSTMConfig:
-        """The reverse of `to_dict`; an unknown key is a ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"LSTMConfig has no field {name!r}; it has: {', '.join(sorted(known))}")
-        return cls(**fields)
+        """The reverse of `to_dict`. An unknown key is an error that names the nearest field."""
+        return from_fields(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
@@ -91,7 +89,7 @@ class LSTMLM(nn.Module):
         super().__init__()
         self.config = config = LSTMConfig(vocab_size, embedding_dim, hidden_dim, num_layers, **options)
         self.gradient_checkpointing = False  # of no effect: the recurrence keeps what it needs
-        self.wte = nn.Embedding(vocab_size, embedding_dim)
+        self.wte = Embedding(vocab_size, embedding_dim)
         widths = [embedding_dim] + [hidden_dim] * (num_layers - 1)
         self.layers = nn.ModuleList(LSTMLayer(width, hidden_dim) for width in widths)
         self.lm_head = None if config.tie_embeddings else nn.Linear(hidden_dim, vocab_size, bias=False)
@@ -150,7 +148,7 @@ class LSTMLM(nn.Module):
         """What the head reads, (B, T, H), and the state after the last token."""
         self._check(x, hidden)
         config = self.config
-        y = F.dropout(ops.embedding(x, self.wte.weight), config.dropout, self.training)
+        y = F.dropout(self.wte(x), config.dropout, self.training)
         if hidden is None:
             zeros = y.new_zeros(config.num_layers, x.shape[0], config.hidden_dim)
             hidden = zeros, zeros
@@ -225,14 +223,8 @@ class LSTMLM(nn.Module):
         config = self.config
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(f"x must have shape (B, T) with T at least 1, got {tuple(x.shape)}")
-        if x.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"x must be int64 or int32 token ids, got {x.dtype}")
+        check_ids(x, config.vocab_size, "x")
         wanted = (config.num_layers, x.shape[0], config.hidden_dim)
         if hidden is not None and any(tuple(t.shape) != wanted for t in hidden):
             got = " and ".join(str(tuple(t.shape)) for t in hidden)
             raise ValueError(f"hidden must be two tensors of shape (L, B, H) = {wanted}, got {got}")
-        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in torch.aminmax(x))
-            if low < 0 or high >= config.vocab_size:
-                wrong = low if low < 0 else high
-                raise ValueError(f"x holds the token id {wrong}; this model knows 0 to {config.vocab_size - 1}")

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.models.checks import check_ids
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import Block, _norm
-from fastlm.nn import MLP, Attention, Cache
+from fastlm.models.initial import init_normal
+from fastlm.nn import MLP, Attention, Cache, Embedding
 from fastlm.nn.linear import Linear, linear
 
 MODEL_TYPE = "fastlm-seq2seq"
@@ -29,7 +31,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.dropout = config.attention_dropout_p
         self.q = Linear(config.n_embd, config.n_embd, bias=config.has_bias("qkv"))
         self.kv = Linear(config.n_embd, 2 * config.n_embd, bias=config.has_bias("qkv"))
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.has_bias("attention"))
@@ -58,7 +60,7 @@ class DecoderBlock(nn.Module):
             config.n_head,
             qkv_bias=config.has_bias("qkv"),
             proj_bias=config.has_bias("attention"),
-            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+            dropout=config.attention_dropout_p,
         )
         self.cross = CrossAttention(config)
         self.mlp = MLP(config.n_embd, config.mlp_size, config.activation, bias=config.has_bias("mlp"))
@@ -90,12 +92,12 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        _check(config)
+        _check_config(config)
         self.config = config
         self.gradient_checkpointing = False  # of no effect: sentences are short
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.source_positions = nn.Embedding(config.block_size, config.n_embd)
-        self.target_positions = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.source_positions = Embedding(config.block_size, config.n_embd)
+        self.target_positions = Embedding(config.block_size, config.n_embd)
         self.encoder = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         for block in self.encoder:
             block.attention.causal = False  # type: ignore[union-attr]
@@ -104,18 +106,10 @@ class EncoderDecoder(nn.Module):
         self.norm = _norm(config)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """As `fastlm.GPT`: N(0, init_std²), smaller into the residual stream; biases 0, norms 1."""
         std = self.config.init_std
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            else:
-                into_residual = name.endswith("proj.weight")
-                nn.init.normal_(p, std=std / math.sqrt(3 * self.config.n_layer) if into_residual else std)
+        init_normal(self, std, into_residual=std / math.sqrt(3 * self.config.n_layer))
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, source: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, V) and None; with targets y (B, T), -100 left out, None and the mean loss in nats.
@@ -123,6 +117,10 @@ class EncoderDecoder(nn.Module):
         Args:
             x: (B, T), the target's tokens so far; padding at the end is harmless where y leaves it out.
             source: (B, S), without padding: the sources of a batch have one length.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a sentence longer than block_size, and, on the CPU, a token id out of
+                range.
         """
         hidden = self.decode(x, self.encode(source))
         if y is None:
@@ -131,7 +129,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Tensor) -> Memory:
         """source (B, S) -> what the decoder's layers look at."""
-        self._check_ids("source", source)
+        self._check("source", source)
         h = self.wte(source) + self.source_positions.weight[: source.shape[1]]
         h = F.dropout(h, self.config.dropout, self.training)
         branch: Tensor | None = None
@@ -142,7 +140,7 @@ class EncoderDecoder(nn.Module):
 
     def decode(self, x: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
         """x (B, T) -> what the head reads, (B, T, C). A cache has the tokens before x, and gets those of x."""
-        self._check_ids("x", x)
+        self._check("x", x)
         past = 0 if cache is None else cache.length
         if past + x.shape[1] > self.config.block_size:
             raise ValueError(
@@ -193,14 +191,15 @@ class EncoderDecoder(nn.Module):
         load_weights(model, path)
         return model.eval()
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
+    def _check(self, name: str, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"{name} must have shape (B, T) with at least one token, got {tuple(ids.shape)}")
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"{name} has {ids.shape[1]} tokens, block_size is {self.config.block_size}")
+        check_ids(ids, self.config.vocab_size, name)
 
 
-def _check(config: GPTConfig) -> None:
+def _check_config(config: GPTConfig) -> None:
     wanted: dict[str, Any] = {
         "position": "learned",
         "sliding_window": None,

@@ -7,7 +7,6 @@ code, YaRN's is that of transformers.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.hints import from_fields
 from fastlm.nn.computed import Computed
 
 
@@ -71,11 +71,8 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RopeScaling:
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in fields if name not in known]
-        if unknown:
-            raise ValueError(f"rope_scaling has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
-        return cls(**fields)
+        """From a dict of its fields. An unknown key is an error that names the nearest field."""
+        return from_fields(cls, fields, "rope_scaling")
 
 
 def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:

@@ -13,7 +13,6 @@ the first of the device's list that supports the call runs it.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from fastlm.hints import did_you_mean
 
 
 class UnsupportedError(RuntimeError):
@@ -67,8 +68,7 @@ def implementation(op: str, name: str) -> Any:
 
 def _known(name: str) -> str:
     if name not in NAMES and name != "auto":
-        near = difflib.get_close_matches(name, [*NAMES, "auto"], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, [*NAMES, "auto"])
         raise ValueError(f"there is no backend {name!r}{hint}; the backends are: auto, {', '.join(NAMES)}")
     return name
 
@@ -172,8 +172,7 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
     """
     name = op if isinstance(op, str) else op.__name__.rstrip("_")  # adamw_ works in place, and says so
     if name not in _prepare:
-        near = difflib.get_close_matches(name, list(_prepare), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, _prepare)
         raise ValueError(f"there is no op {name!r}{hint}; the ops are: {', '.join(_prepare)}")
     call = _prepare[name](*args, **kwargs)
     tensors = (t for part in call for t in (part if isinstance(part, (list, tuple)) else (part,)))

@@ -18,7 +18,8 @@ from fastlm.ops.adamw.native import common_step
 from fastlm.ops.library import untraced
 from fastlm.optim.tracing import base_method
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # kept wide and contiguous
+# Of a parameter's state what has a number for each of its elements; kept wide and contiguous.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 _Batch = list[tuple[Tensor, dict[str, Any]]]
 
 
@@ -241,7 +242,7 @@ def _loaded(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     state = dict(saved)
     if "step" in saved:
         state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
-    for name in _MOMENTS:
+    for name in MOMENTS:
         if name not in saved:
             continue
         if saved[name].shape != p.shape:

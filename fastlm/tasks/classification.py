@@ -19,6 +19,7 @@ from fastlm.evaluation.classes import ClassScore, plot_confusion, score_classes
 from fastlm.models.classifier import Classifier, ClassifierConfig
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
+from fastlm.nn.modes import evaluating
 from fastlm.tasks.epochs import set_steps
 from fastlm.tasks.pretrained import check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
@@ -233,16 +234,14 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, model: Classifier) -> lis
 @torch.no_grad()
 def predict(model: Classifier, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
     """The probability of each class, (N, K) float32 on the CPU. Nothing is padded."""
-    was_training = model.training
-    model.eval()
     ids = [torch.tensor(row) for row in encode(texts, tokenizer, model)]
     parts = []
-    for i in range(0, len(ids), batch_size):
-        packed, cu_seqlens, longest = pack(ids[i : i + batch_size])
-        device = model.device
-        logits, _ = model(packed.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=longest)
-        parts.append(logits.float().softmax(-1).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(0, len(ids), batch_size):
+            packed, cu_seqlens, longest = pack(ids[i : i + batch_size])
+            device = model.device
+            logits, _ = model(packed.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=longest)
+            parts.append(logits.float().softmax(-1).cpu())
     return torch.cat(parts)
 
 

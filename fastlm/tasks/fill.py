@@ -10,6 +10,7 @@ import torch
 from fastlm.data import Tokenizer
 from fastlm.data.special import special_ids
 from fastlm.models.encoder import Encoder
+from fastlm.nn.modes import evaluating
 
 BLANK = re.compile(r"\[MASK\]|<mask>|____*")  # written in a text: [MASK], <mask>, or three underlines and more
 
@@ -46,9 +47,8 @@ def fill_blanks(model: Encoder, tokenizer: Tokenizer, text: str, top: int = 5) -
     if len(framed) > model.config.block_size:
         raise ValueError(f"the text has {len(framed)} tokens, the model reads {model.config.block_size}")
     idx = torch.tensor([framed], device=model.device)
-    was_training = model.training
-    logits, _ = model.eval()(idx)
-    model.train(was_training)
+    with evaluating(model):
+        logits, _ = model(idx)
     assert logits is not None
     blanks = [place for place, token in enumerate(framed) if token == mask]
     scores = logits[0, blanks].float()

@@ -10,15 +10,15 @@ To add a task: a module in `fastlm/tasks/` and its line in TASKS. The module has
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastlm.files import replace_text
+from fastlm.hints import did_you_mean
 from fastlm.tasks.pretrained import NEW
-from fastlm.training.checkpoint import replace_text
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.plot import picture_or_note
 from fastlm.training.progress import Display, make_display
@@ -64,9 +64,7 @@ def make_task(config: RunConfig) -> Task:
     if name is None:
         raise ValueError(f"task.name is missing (--task); the tasks are: {', '.join(TASKS)}")
     if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"there is no task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")
+        raise ValueError(f"there is no task {name!r}{did_you_mean(name, TASKS)}; the tasks are: {', '.join(TASKS)}")
     if not model:
         raise ValueError("task.model is missing: the run, checkpoint or model folder to begin with")
     ignored = [f"model.{key}" for key in config.model if model != NEW]

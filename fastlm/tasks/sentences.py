@@ -12,6 +12,7 @@ from fastlm.data import Tokenizer, load_tokenizer
 from fastlm.data.examples import pack
 from fastlm.data.special import special_ids
 from fastlm.models.encoder import Encoder
+from fastlm.nn.modes import evaluating
 from fastlm.nn.packing import pool
 
 
@@ -31,13 +32,11 @@ def embed_sentences(
     special = special_ids(tokenizer)
     ids = [torch.tensor(special.frame(row.tolist(), model.config.block_size)) for row in
            tokenizer.encode_batch(list(texts))]  # fmt: skip
-    was_training = model.training
-    model.eval()
     parts = []
-    for i in range(0, len(ids), batch_size):
-        packed, cu_seqlens, longest = pack(ids[i : i + batch_size])
-        cu_seqlens = cu_seqlens.to(model.device)
-        hidden = model.hidden_states(packed.to(model.device), cu_seqlens=cu_seqlens, max_seqlen=longest)
-        parts.append(F.normalize(pool(hidden, cu_seqlens, "mean").float(), dim=1).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(0, len(ids), batch_size):
+            packed, cu_seqlens, longest = pack(ids[i : i + batch_size])
+            cu_seqlens = cu_seqlens.to(model.device)
+            hidden = model.hidden_states(packed.to(model.device), cu_seqlens=cu_seqlens, max_seqlen=longest)
+            parts.append(F.normalize(pool(hidden, cu_seqlens, "mean").float(), dim=1).cpu())
     return torch.cat(parts)

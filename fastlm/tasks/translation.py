@@ -26,7 +26,11 @@ from fastlm.generation.beam import Hypothesis, beam_search, check_options, searc
 from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
 from fastlm.models.gpt import GPT
-from fastlm.models.seq2seq import EncoderDecoder
+from fastlm.models.huggingface import from_pretrained
+from fastlm.models.huggingface.load import read_config
+from fastlm.models.seq2seq import MODEL_TYPE, EncoderDecoder
+from fastlm.nn.modes import evaluating
+from fastlm.ops.linear_cross_entropy import IGNORED
 from fastlm.tasks.epochs import set_steps
 from fastlm.tasks.pretrained import NEW, check_adapters, open_pretrained, trained_model
 from fastlm.training.config import RunConfig
@@ -34,7 +38,6 @@ from fastlm.training.distributed import Processes
 from fastlm.training.run import Loaders, choose_checkpoint
 
 SEPARATOR = "\t"
-IGNORED = -100
 ARCHITECTURES = ("decoder", "encoder-decoder")
 
 
@@ -282,7 +285,7 @@ class SourceLoader(PairLoader):
                 f"the saved data position is in epochs of {batches} batches, this loader's have "
                 f"{self.samples_per_epoch}: training.batch_size (now {self.batch_size}) must stay as it was"
             )
-        super().load_state_dict(state)
+        super().load_state_dict({**state, "batches": batches})
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         key = scramble(scramble(self.seed) ^ epoch)
@@ -307,10 +310,6 @@ class SourceLoader(PairLoader):
 
 def open_translator(path: Path) -> GPT | EncoderDecoder:
     """The model in a folder that a translation run wrote."""
-    from fastlm.models.huggingface import from_pretrained
-    from fastlm.models.huggingface.load import read_config
-    from fastlm.models.seq2seq import MODEL_TYPE
-
     if read_config(path).get("model_type") == MODEL_TYPE:
         return EncoderDecoder.from_pretrained(path)
     return from_pretrained(path)
@@ -334,13 +333,14 @@ def translate(
         found = beam_search(model, prompts, max_new_tokens, eos_token=eot, beams=beams, length_penalty=length_penalty)
         return [tokenizer.decode(h.tokens).strip() for h in found]
     check_options(beams, max_new_tokens, model.config.vocab_size)
-    model.eval()
     results: list[Hypothesis | None] = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for _, same in itertools.groupby(order, key=lambda row: len(ids[row])):
-        rows = list(same)
-        decoder = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
-        steps = min(max_new_tokens, model.config.block_size)
-        for row, h in zip(rows, search(decoder, len(rows), steps, eot, beams, length_penalty), strict=True):
-            results[row] = h
+    with evaluating(model):
+        for _, same in itertools.groupby(order, key=lambda row: len(ids[row])):
+            rows = list(same)
+            continuations = Translations(model, torch.tensor([ids[row] for row in rows], device=model.device), eot)
+            steps = min(max_new_tokens, model.config.block_size)
+            found = search(continuations, len(rows), steps, eot, beams, length_penalty)
+            for row, h in zip(rows, found, strict=True):
+                results[row] = h
     return [tokenizer.decode(h.tokens).strip() for h in results if h is not None]

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlm.files import sync
+
 INFO = "checkpoint.json"
 STATE = "state.pt"
 MODEL = "model"
@@ -222,11 +224,11 @@ class CheckpointWriter:
             info = {"step": step, "val_loss": val_loss, "files": files}
             (temporary / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
             for path in (*temporary.rglob("*"), temporary):
-                flush_to_disk(path)
+                sync(path)
             if final.exists():
                 self._remove(final)
             os.replace(temporary, final)
-            flush_to_disk(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -245,27 +247,8 @@ class CheckpointWriter:
         """First its name, then its files: a kill in between, and who reads the folder now, find no half of it."""
         doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
         os.replace(path, doomed)
-        flush_to_disk(self.folder)
+        sync(self.folder)
         shutil.rmtree(doomed)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle on a folder to flush
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file in one step, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
 
 
 def rng_state() -> dict[str, Any]:

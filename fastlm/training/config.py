@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -13,6 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.loader import ORDERS
+from fastlm.hints import did_you_mean
+from fastlm.models.lora import TARGETS as LORA_TARGETS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -20,7 +23,6 @@ else:
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-ORDERS = ("random", "shuffled")
 PARALLEL = ("ddp", "fsdp")
 OBJECTIVES = ("causal", "masked", "recurrent")
 
@@ -144,7 +146,7 @@ class RunConfig:
         t, e, c, o = self.training, self.evaluation, self.checkpoint, self.optimizer
         m, lora = self.masking, self.lora
         _one_of("training.objective", t.objective, OBJECTIVES)
-        _one_of("lora.targets", lora.targets, ("qv", "attention", "all"))
+        _one_of("lora.targets", lora.targets, LORA_TARGETS)
         _one_of("training.precision", t.precision, PRECISIONS)
         _one_of("training.schedule", t.schedule, SCHEDULES)
         _one_of("training.parallel", t.parallel, PARALLEL)
@@ -241,7 +243,9 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name, table in tables.items():
         if name not in sections:
-            raise ValueError(f"unknown section [{name}]{_nearest(name, sections)}; there are: {', '.join(sections)}")
+            raise ValueError(
+                f"unknown section [{name}]{did_you_mean(name, sections)}; there are: {', '.join(sections)}"
+            )
         if not isinstance(table, dict):
             raise ValueError(f"{name} must be a section with keys, got {table!r}")
         if name == "model":
@@ -299,7 +303,7 @@ def section_from_dict(cls: type, name: str, table: dict[str, Any]) -> Any:
     section, hints = cls(), typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in hints:
-            raise ValueError(f"unknown key {name}.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+            raise ValueError(f"unknown key {name}.{key}{did_you_mean(key, hints)}; there are: {', '.join(hints)}")
         if hints[key] is str and type(value) is int:
             value = str(value)
         setattr(section, key, _typed(f"{name}.{key}", value, hints[key]))
@@ -318,7 +322,7 @@ def _model_hints(objective: str) -> dict[str, Any]:
 
 def _checked_model_value(key: str, value: Any, hints: dict[str, Any]) -> Any:
     if key not in hints:
-        raise ValueError(f"unknown key model.{key}{_nearest(key, hints)}; there are: {', '.join(hints)}")
+        raise ValueError(f"unknown key model.{key}{did_you_mean(key, hints)}; there are: {', '.join(hints)}")
     return _typed(f"model.{key}", value, hints[key])
 
 
@@ -342,11 +346,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
 # What other trainers call our settings.
 _ALSO_CALLED = {
     "learning_rate": "training.lr",
@@ -365,7 +364,7 @@ def _hint(key: str, known: typing.Iterable[str]) -> str:
     sections = dataclasses.asdict(RunConfig())
     elsewhere = {name: f"{section}.{name}" for section, table in sections.items() for name in table}
     name = elsewhere.get(key) or _ALSO_CALLED.get(key)
-    return f" (did you mean {name}?)" if name else _nearest(key, known)
+    return did_you_mean(name, [name]) if name else did_you_mean(key, known)
 
 
 def _one_of(name: str, value: Any, choices: typing.Sequence[Any]) -> None:

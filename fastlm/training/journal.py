@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
+
+from fastlm.files import replace_text
 
 
 class Journal:
@@ -42,9 +43,4 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, step: int) -> None:
     kept = [r for r in read_journal(path) if r.get("step", 0) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))

@@ -25,12 +25,13 @@ from fastlm.data.loader import read_manifest
 from fastlm.data.masking import Masker
 from fastlm.data.special import special_ids
 from fastlm.data.streams import StreamLoader
+from fastlm.files import replace_text
 from fastlm.models.encoder import Encoder, EncoderConfig
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
-from fastlm.training.checkpoint import Checkpoint, find_checkpoint, replace_text
+from fastlm.training.checkpoint import Checkpoint, find_checkpoint
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
 from fastlm.training.journal import Journal

@@ -12,9 +12,11 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
     A linear warm-up to `lr` over `warmup_steps`, then one of
       cosine    half a cosine down to lr * min_lr_ratio at the last step (SGDR without restarts, Loshchilov & Hutter
-      2017) linear    a straight line to the same
-      wsd       constant, then a straight line down over the last `decay_fraction` of the steps (warm-up, stable,
-      decay; Hu et al. 2024) constant
+                2017)
+      linear    a straight line to the same
+      wsd       constant, then a straight line down to the same over the last `decay_fraction` of the steps (warm-up,
+                stable, decay; Hu et al. 2024)
+      constant
     """
     low = config.lr * config.min_lr_ratio
     warmup = min(config.warmup_steps, config.steps)

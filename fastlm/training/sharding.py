@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastlm.optim.adamw import MOMENTS
 from fastlm.optim.clip import GradNorm, clip_grad_norm
 
 ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 calls it, and not every torch has it (2.6 does not)
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")  # of the optimizer's state, by element of a parameter
 
 
 class Shards(nn.Module):

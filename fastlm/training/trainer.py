@@ -18,6 +18,7 @@ from fastlm.data import Tokenizer
 from fastlm.data.batches import Batch, Loader, forward_arguments
 from fastlm.models.gpt import GPT
 from fastlm.models.lstm import LSTMLM
+from fastlm.nn.modes import autocast, evaluating
 from fastlm.optim import clip_grad_norm
 from fastlm.training.checkpoint import CheckpointWriter, rng_state, set_rng_state
 from fastlm.training.config import RunConfig
@@ -162,9 +163,8 @@ class Trainer:
         if self.val_loader is None:
             return None
         total, weights = 0.0, 0.0
-        self.model.eval()
         batches = self.val_loader.evaluation_batches(self.config.evaluation.windows)
-        with torch.no_grad(), self._autocast(), self._outside_training():
+        with torch.no_grad(), evaluating(self.model), autocast(self.device, self.precision), self._outside_training():
             while together := list(itertools.islice(batches, self.group.world_size)):  # one for each process
                 if self.group.rank < len(together):
                     batch, weight = together[self.group.rank]
@@ -175,7 +175,6 @@ class Trainer:
                 arguments, options = forward_arguments(batch, self.device)
                 loss = self._loss(self.model, arguments, options)
                 total, weights = total + loss.item() * weight, weights + weight
-        self.model.train()
         total, weights = self.group.sum(total, weights)
         self.val_loss = total / weights
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
@@ -196,7 +195,7 @@ class Trainer:
         prompt = (self.tokenizer.begin + self.tokenizer.encode(settings.prompt))[-self.model.config.block_size :] or [0]
         generator = torch.Generator(self.device).manual_seed(self.config.training.seed + self.step)
         idx = torch.tensor([prompt], device=self.device)
-        with self._autocast(), self._outside_training():
+        with autocast(self.device, self.precision), self._outside_training():
             ids = self.model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=50, generator=generator)
         text = self.tokenizer.decode(ids[0].tolist())
         self.journal.write("sample", step=self.step, text=text)
@@ -308,7 +307,7 @@ class Trainer:
 
     def _pass(self, *arguments: torch.Tensor, factor: float = 1.0, **options: Any) -> torch.Tensor:
         """Forward and backward pass of one batch; the loss, times a factor, detached."""
-        with self._autocast():
+        with autocast(self.device, self.precision):
             loss = self._loss(self.forward, arguments, options)
         if factor != 1:
             loss = loss * factor
@@ -359,11 +358,6 @@ class Trainer:
 
     def _is_new_best(self) -> bool:
         return self.config.checkpoint.keep_best and self.val_loss is not None and self.evaluations_since_best == 0
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
 
     def _outside_training(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model is called other than for a step."""

@@ -68,9 +68,7 @@ def encoder_config_to_huggingface(config: EncoderConfig) -> Fields:
         "type_vocab_size": config.type_vocab_size,
         "hidden_act": written_activation(config.activation),
         "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout
-        if config.attention_dropout is None
-        else config.attention_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout_p,
         "layer_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": True,

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlm.files import replace_folder, sync
 from fastlm.models.config import GPTConfig
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
-from fastlm.models.huggingface.atomic import replace_folder, sync
 from fastlm.models.huggingface.configs import config_to_huggingface
 from fastlm.models.huggingface.encoder_configs import OWN, encoder_config_to_huggingface
 from fastlm.models.huggingface.load import ADAPTER, INDEX, WEIGHTS

@@ -14,6 +14,7 @@ from fastlm.ops import checks, library, registry
 from fastlm.ops.linear_cross_entropy import cuda, native, reference, triton
 
 REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -100  # a target that is left out of the loss, as in torch.nn.functional.cross_entropy
 
 
 def linear_cross_entropy(
@@ -21,7 +22,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -76,7 +77,7 @@ def _prepare(
     weight: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,

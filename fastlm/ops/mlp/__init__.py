@@ -7,11 +7,10 @@ Shazeer: GLU Variants Improve Transformer (swiglu, geglu, arXiv:2002.05202).
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor
 
+from fastlm.hints import did_you_mean
 from fastlm.ops import checks, gradients, library, registry
 from fastlm.ops.mlp import cuda, native, reference, triton
 from fastlm.ops.mlp.reference import ACTIVATIONS, GATED
@@ -79,8 +78,7 @@ def mlp(
 def _check_activation(op: str, activation: str) -> bool:
     """True where the activation is gated; ValueError where there is no such one."""
     if activation not in ACTIVATIONS:
-        near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(activation, ACTIVATIONS)
         raise ValueError(f"{op}: there is no activation {activation!r}{hint}; wanted one of {', '.join(ACTIVATIONS)}")
     return activation in GATED
 

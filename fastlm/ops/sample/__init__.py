@@ -69,6 +69,20 @@ def sample(
     return _sample(*call, backend)
 
 
+def check_options(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, where: str = ""
+) -> None:
+    """ValueError for an option of `sample` that is out of its range; `where` begins the message."""
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"{where}temperature must be 0 (greedy) or positive, got {temperature}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"{where}top_k must be an integer of at least 1, or None, got {top_k!r}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"{where}top_p must be in (0, 1], or None, got {top_p}")
+    if min_p is not None and not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"{where}min_p must be in [0, 1], or None, got {min_p}")
+
+
 def _prepare(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, rng_state=None, generator=None) -> tuple:
     """Check the contract; the arguments of a backend's `sample`."""
     op = "sample"
@@ -77,14 +91,7 @@ def _prepare(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, rng
             f"{op}: logits must have shape (B, V), V from 1 to {MAX_VOCABULARY}, got {tuple(logits.shape)}"
         )
     checks.floating(op, logits=logits)
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be 0 (greedy) or positive, got {temperature}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"{op}: top_k must be an integer of at least 1, or None, got {top_k!r}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"{op}: top_p must be in (0, 1], or None, got {top_p}")
-    if min_p is not None and not 0.0 <= min_p <= 1.0:
-        raise ValueError(f"{op}: min_p must be in [0, 1], or None, got {min_p}")
+    check_options(temperature, top_k, top_p, min_p, where=f"{op}: ")
     if rng_state is not None:
         checks.same_device(op, "logits", logits, rng_state=rng_state)
         if rng_state.dtype != torch.int64 or rng_state.shape not in ((2,), (logits.shape[0], 2)):

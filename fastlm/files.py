@@ -1,4 +1,4 @@
-"""Put a folder in place in one step: it is there in full, or the one before it is."""
+"""Files and folders that a crash cannot damage: each is there in full, or the one before it is."""
 
 from __future__ import annotations
 
@@ -22,9 +22,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+
+
 @contextmanager
 def replace_folder(folder: Path, keep: Callable[[str], bool]) -> Iterator[Path]:
     """A temporary folder beside `folder` to write to, which takes its place when the block ends without an error.
+
+    The files in it are the caller's to `sync`.
 
     Args:
         folder: its parents are made.
