@@ -395,6 +395,9 @@ class TestCheckpoints:
         (tmp_path / "step-00000002" / "state.pt").unlink()
         with pytest.raises(FileNotFoundError, match=r"step-00000002 is incomplete: state\.pt is missing"):
             find_checkpoint(tmp_path, "best")
+        (tmp_path / "step-00000005").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="step-00000005 is not a whole checkpoint"):
+            find_checkpoint(tmp_path, "last")
         assert (tmp_path / "step-00000001").is_dir()  # what is damaged is left for who wants to mend it
 
     def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(

@@ -83,7 +83,7 @@ def find_checkpoint(folder: str | Path, which: str) -> Checkpoint | None:
         try:
             return open_checkpoint(path)
         except (FileNotFoundError, ValueError):
-            if path.exists():
+            if os.path.lexists(path):
                 raise
             # A training that is running has removed it since the folder was read, and had written another one before.
     return None
@@ -115,8 +115,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _step_folders(folder: str | Path) -> list[Path]:
-    """By step, which their names end with."""
-    steps = {p: p.name.removeprefix(_PREFIX) for p in Path(folder).glob(f"{_PREFIX}*") if p.is_dir()}
+    """By step, which their names end with; some may be gone already."""
+    steps = {p: p.name.removeprefix(_PREFIX) for p in Path(folder).glob(f"{_PREFIX}*") if not p.is_file()}
     return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
 
 
