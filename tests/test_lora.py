@@ -167,6 +167,18 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     file.write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora=True, which fastlm does not have"):
         load_lora(make("bert"), tmp_path / "a")
+    for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):  # they change the weights beside the adapters
+        file.write_text(json.dumps({**config, "init_lora_weights": start}))
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which may change the model's own weights"):
+            load_lora(make("bert"), tmp_path / "a")
+    file.write_text(json.dumps({**config, "alora_invocation_tokens": [3, 4]}))
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[3, 4\], which fastlm does not have"):
+        load_lora(make("bert"), tmp_path / "a")
+    save_lora(model, tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    for start in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+        load_lora(make("bert"), tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="no folder of LoRA adapters"):
         load_lora(make("bert"), tmp_path)
     with pytest.raises(ValueError, match="rank of at least 1"):

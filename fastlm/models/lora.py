@@ -21,6 +21,7 @@ from fastlm.nn.lora import LoRALinear
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ("qv", "attention", "all")
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # peft's starts that leave the model's own weights as they are
 _PEFT = "base_model.model."
 _BASE = "fastlm_base"  # in the file's metadata: the digest of the weights that the adapters belong to
 _MODULES = {"qv": ("attention.qkv",), "attention": ("attention.qkv", "attention.proj")}
@@ -267,11 +268,19 @@ def _read_config(file: Path) -> dict[str, Any]:
         "alpha_pattern",
         "modules_to_save",
         "trainable_token_indices",
+        "alora_invocation_tokens",
     ):
         if config.get(option):
             raise ValueError(f"{file}: {option}={config[option]!r}, which fastlm does not have")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias={config['bias']!r}; fastlm has 'none'")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        raise ValueError(
+            f"{file}: init_lora_weights={start!r}, which may change the model's own weights too; fastlm has true, "
+            f"false, {', '.join(_STARTS)}. peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes "
+            "adapters for the weights as they were"
+        )
     return config
 
 
