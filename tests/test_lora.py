@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastlm
 from fastlm.models.huggingface import model_from_pretrained
@@ -135,6 +136,48 @@ def test_a_model_folder_with_adapters_beside_it(tmp_path):
     assert torch.equal(logits(model_from_pretrained(tmp_path / "own")), logits(model))
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_the_dtype_of_the_weights_makes_no_other_model(half, tmp_path):
+    """Adapters trained beside float32 go beside its half precision and back; one changed number is another model."""
+    for trained, held in ((torch.float32, half), (half, torch.float32), (half, half)):
+        model = make("gpt2").to(trained)
+        add_lora(model, rank=2)
+        save_lora(model, tmp_path / "adapter")
+        load_lora(make("gpt2").to(held), tmp_path / "adapter")
+        changed = make("gpt2")
+        with torch.no_grad():
+            changed.blocks[1].attention.qkv.weight[3, 4] *= 1.01
+        with pytest.raises(ValueError, match="trained beside other weights"):
+            load_lora(changed.to(held), tmp_path / "adapter")
+
+    model = make("bert")
+    add_lora(model, rank=2)
+    randomize(model)
+    model.save_pretrained(tmp_path / "own", format="fastlm", dtype=half)
+    for dtype in ("auto", torch.float32):
+        again = model_from_pretrained(tmp_path / "own", dtype=dtype)
+        assert (logits(again.float()) - logits(model)).abs().max() < 0.2
+
+
+def test_folders_with_one_digest_are_loaded(tmp_path):
+    """As they were written first: of the weights as they were held."""
+    model = make("bert")
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if name.endswith(("attention.qkv.weight", "wte.weight")):
+            digest.update(name.encode() + p.detach().numpy().tobytes())
+    add_lora(model, rank=2)
+    save_lora(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"fastlm_base": digest.hexdigest()})
+    load_lora(make("bert"), tmp_path)
+    with pytest.raises(ValueError, match="trained beside other weights"):
+        load_lora(make("roberta"), tmp_path)
+
+
 def test_adapters_of_another_model_are_refused(tmp_path):
     model = make("bert")
     add_lora(model, rank=2)
@@ -146,8 +189,6 @@ def test_adapters_of_another_model_are_refused(tmp_path):
         other.wte.weight.add_(1)
     with pytest.raises(ValueError, match="trained beside other weights than this model's"):
         load_lora(other, tmp_path / "a")
-
-    from safetensors.torch import save_file
 
     def without_digest(tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")

@@ -23,7 +23,8 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 TARGETS = ("qv", "attention", "all")
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")  # peft's starts that leave the model's own weights as they are
 _PEFT = "base_model.model."
-_BASE = "fastlm_base"  # in the file's metadata: the digest of the weights that the adapters belong to
+_BASE = "fastlm_base"  # in the file's metadata: the digests of the weights that the adapters belong to
+_ROUNDINGS = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {"qv": ("attention.qkv",), "attention": ("attention.qkv", "attention.proj")}
 _MODULES["all"] = (*_MODULES["attention"], "mlp.fc", "mlp.proj")
 
@@ -120,7 +121,7 @@ def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | No
         "fan_in_fan_out": folder_kind(model.config) == "gpt2",
         "bias": "none",
     }
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _BASE: base_digest(model)})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _BASE: " ".join(base_digests(model))})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -139,15 +140,14 @@ def load_lora(model: GPT | Encoder, path: str | os.PathLike[str]) -> None:
     config = _read_config(folder / ADAPTER_CONFIG)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
-            digest = (opened.metadata() or {}).get(_BASE)
+            digests = (opened.metadata() or {}).get(_BASE, "").split()  # of old folders one, of peft's none
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS} is not a whole safetensors file: {error}") from None
-    if digest is not None and digest != base_digest(model):
+    if digests and set(digests).isdisjoint(own := base_digests(model)):
         raise ValueError(
             f"the adapters in {folder} were trained beside other weights than this model's "
-            f"(base {config.get('base_model_name_or_path')!r}, digest {digest[:12]}, "
-            f"this model {base_digest(model)[:12]})"
+            f"(base {config.get('base_model_name_or_path')!r}, digest {digests[0][:12]}, this model {own[0][:12]})"
         )
     wanted, matrices = _match(model, tensors, folder)
     _add(model, wanted, config["r"], float(config["lora_alpha"]))
@@ -163,15 +163,21 @@ def part_name(model: GPT | Encoder, part: str) -> str:
     return full(part.replace("/", "."), folder_kind(model.config))
 
 
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 over the weights beside which the adapters stand (hex)."""
-    digest = hashlib.sha256()
+def base_digests(model: nn.Module) -> list[str]:
+    """SHA-256 over the weights beside which the adapters stand: as they are, in bfloat16 and in float16 (hex).
+
+    Two models have the same weights where one of these is the same: a folder, or the one who loads it, may round them,
+    and a digest survives the rounding to its own dtype. (None survives both roundings, one in each model.)
+    """
+    digests = [hashlib.sha256() for _ in _ROUNDINGS]
     for name, p in model.named_parameters():
         if name.endswith(("attention.qkv.weight", "wte.weight")):
             layer = model.get_submodule(name.rpartition(".")[0])
             kept = layer._unmerged if isinstance(layer, LoRALinear) and layer._unmerged is not None else p
-            digest.update(name.encode() + kept.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+            weight = kept.detach().float()
+            for digest, dtype in zip(digests, _ROUNDINGS, strict=True):
+                digest.update(name.encode() + weight.to(dtype).float().cpu().contiguous().numpy().tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
 Parts = dict[str, tuple[int, int]]
