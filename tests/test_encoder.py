@@ -174,6 +174,34 @@ def test_gradients_are_those_of_textbook_pytorch():
             torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_heads_activation_is_that_of_transformers(kind, activation, tmp_path, transformers):
+    """BERT's is the model's, RoBERTa's always gelu."""
+    model = theirs(transformers, kind, hidden_act=activation, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = Encoder.from_pretrained(tmp_path / "theirs")
+    idx, _ = padded_batch()
+    expected = model(idx).logits
+    assert (ours(idx)[0] - expected).abs().max() < 1e-4
+    ours.save_pretrained(tmp_path / "ours")
+    back = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
+    assert (back(idx).logits - expected).abs().max() < 1e-4
+    assert Encoder.from_pretrained(tmp_path / "ours").config == ours.config
+
+
+def test_a_head_that_transformers_does_not_have(tmp_path):
+    for changes in ({"layout": "roberta", "activation": "relu"}, {"activation": "gelu", "head_activation": "relu"}):
+        model = tiny(**changes)
+        assert model.head.activation == "relu"  # as folders of fastlm's own format without the field have it
+        with pytest.raises(ValueError, match=r"head_activation is 'relu', not 'gelu'.*format='fastlm'"):
+            model.save_pretrained(tmp_path / "model")
+        tiny(**changes, mlm_head=False).save_pretrained(tmp_path / "headless")
+        model.save_pretrained(tmp_path / "own", format="fastlm")
+        assert Encoder.from_pretrained(tmp_path / "own").config == model.config
+
+
 def test_the_own_format_keeps_all(tmp_path):
     model = tiny(mask_token_id=96, dropout=0.1, pooler=True)
     model.save_pretrained(tmp_path, format="fastlm")

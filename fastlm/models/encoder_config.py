@@ -43,6 +43,7 @@ class EncoderConfig:
     attention_dropout: float | None = None  # of the attention weights; None: dropout
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    head_activation: str | None = None  # of the head; None: activation. transformers' RoBERTa has gelu
     init_std: float = 0.02
 
     mlm_head: bool = True  # what predicts the tokens left out
@@ -53,6 +54,11 @@ class EncoderConfig:
     def mlp_size(self) -> int:
         """The width inside the MLP."""
         return 4 * self.n_embd if self.intermediate_size is None else self.intermediate_size
+
+    @property
+    def masked_activation(self) -> str:
+        """The activation of the head for masked prediction."""
+        return self.activation if self.head_activation is None else self.head_activation
 
     @property
     def position_offset(self) -> int:
@@ -86,7 +92,8 @@ class EncoderConfig:
         if self.intermediate_size is not None:
             check_positive_int("intermediate_size", self.intermediate_size)
         check_choice("layout", self.layout, LAYOUTS)
-        check_choice("activation", self.activation, tuple(a for a in ACTIVATIONS if a not in GATED))
+        for name, activation in (("activation", self.activation), ("head_activation", self.masked_activation)):
+            check_choice(name, activation, tuple(a for a in ACTIVATIONS if a not in GATED))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in ("dropout", "attention_dropout"):
