@@ -115,6 +115,30 @@ def test_folder_of_transformers_4(tmp_path):
     assert (fastlm.GPT.from_pretrained(tmp_path)(ids())[0] - theirs(ids()).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 8}, "original_max_position_embeddings": 16},
+        {"rope_scaling": LLAMA_3, "original_max_position_embeddings": 32},
+        {"rope_parameters": YARN, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 900.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 900.0},
+    ],
+    ids=["yarn-beside", "yarn-twice", "llama3-twice", "both-spellings", "theta-twice"],
+)
+@torch.no_grad()
+def test_rotary_options_that_stand_twice(fields, tmp_path):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the order is that of transformers 5")
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    given = json.loads(file.read_text())
+    del given["rope_parameters"]
+    file.write_text(json.dumps({**given, **fields}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (fastlm.GPT.from_pretrained(tmp_path)(ids())[0] - theirs(ids()).logits).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_gpt2_as_first_published(tmp_path):
     """No prefix on the names, and the causal mask among the tensors."""

@@ -190,6 +190,7 @@ def test_wrong_tensors(tmp_path):
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "type 'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = false"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"is_causal": False}, "is_causal=False; fastlm.GPT is causal"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "in some layers only"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},

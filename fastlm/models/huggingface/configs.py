@@ -49,6 +49,8 @@ def config_from_huggingface(fields: Fields) -> GPTConfig:
     try:
         if kind == "fastlm":
             return GPTConfig.from_dict(fields["config"])
+        if not fields.get("is_causal", True):
+            raise ValueError(f"config.json asks for is_causal={fields['is_causal']!r}; fastlm.GPT is causal")
         return _from_gpt2(fields) if kind == "gpt2" else _from_llama(fields, kind)
     except KeyError as error:
         raise ValueError(f"config.json of model_type {kind!r} lacks the field {error}") from None
@@ -132,8 +134,12 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    """The base and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    What stands twice is taken as transformers does: `rope_scaling` before `rope_parameters`, the dict's theta before
+    the one beside it, but the original length beside the dict before the dict's.
+    """
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
@@ -148,7 +154,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
-    original = int(rope.get("original_max_position_embeddings") or fields["max_position_embeddings"])
+    length = "original_max_position_embeddings"
+    original = int(fields.get(length) or rope.get(length) or fields["max_position_embeddings"])
     if kind == "yarn":
         return theta, _yarn(rope, original, fields["max_position_embeddings"])
     return theta, RopeScaling(
