@@ -205,6 +205,14 @@ def test_options_of_the_llama_family_that_are_not_there(fields, message, tmp_pat
         fastlm.GPT.from_pretrained(tmp_path / "model")
 
 
+def test_the_dropouts_of_phi3_are_those_of_transformers():
+    """Of the two branches and of the attention weights; embd_pdrop is read by nobody there."""
+    given = {"model_type": "phi3", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    given |= {"max_position_embeddings": 16, "intermediate_size": 8, "embd_pdrop": 0.3}
+    config = config_from_huggingface({**given, "resid_pdrop": 0.1, "attention_dropout": 0.2})
+    assert (config.dropout, config.attention_dropout, config.embedding_dropout) == (0.1, 0.2, 0.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "window"),
     [

@@ -116,6 +116,7 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
         intermediate_size=fields["intermediate_size"],
         dropout=fields.get("resid_pdrop", 0.0) if kind == "phi3" else 0.0,
         attention_dropout=fields.get("attention_dropout", 0.0),
+        embedding_dropout=0.0,  # transformers has none here, whatever Phi-3's embd_pdrop is
         bias=False,
         qkv_bias=own_bias or kind == "qwen2",
         attention_bias=own_bias,
