@@ -136,6 +136,73 @@ def test_a_model_folder_with_adapters_beside_it(tmp_path):
     assert torch.equal(logits(model_from_pretrained(tmp_path / "own")), logits(model))
 
 
+@pytest.mark.parametrize("targets", [["qkv_proj"], ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]])
+def test_adapters_beside_phi3s_packed_projections(targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    transformers.Phi3ForCausalLM(transformers.Phi3Config(**options)).save_pretrained(tmp_path / "phi3")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "phi3")
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+        expected = theirs(IDX).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    model = fastlm.GPT.from_pretrained(tmp_path / "phi3")
+    load_lora(model, tmp_path / "theirs")
+    assert (logits(model) - expected).abs().max() < 1e-4
+    save_lora(model, tmp_path / "ours")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "phi3")
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+        assert (again(IDX).logits - expected).abs().max() < 1e-4
+    merge(model)
+    assert (logits(model) - expected).abs().max() < 1e-4
+
+
+def test_adapters_that_a_phi3_folder_has_no_names_for(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}
+    transformers.Phi3ForCausalLM(transformers.Phi3Config(**options, num_attention_heads=4)).save_pretrained(tmp_path)
+    model = fastlm.GPT.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "llama")
+    add_lora(model, rank=2)
+    randomize(model)
+    with pytest.raises(ValueError, match=r"Phi-3 folder .* has no model\.layers\.0\.self_attn\.q_proj"):
+        save_lora(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "own", format="fastlm")
+    own = fastlm.GPT.from_pretrained(tmp_path / "own")
+    assert torch.equal(logits(own), logits(model))
+    save_lora(own, tmp_path / "adapter")  # the names of the model saved as Llama
+    llama = fastlm.GPT.from_pretrained(tmp_path / "llama")
+    load_lora(llama, tmp_path / "adapter")
+    assert torch.equal(logits(llama), logits(model))
+
+
+def test_adapters_of_an_encoder_without_a_head(tmp_path):
+    """Their names are those in AutoModel, which has no `bert.` in front."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = fastlm.Encoder(fastlm.EncoderConfig(**BERT, mlm_head=False)).eval()
+    model.save_pretrained(tmp_path / "base")
+    add_lora(model, rank=2)
+    randomize(model)
+    save_lora(model, tmp_path / "adapter")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        hidden = model.hidden_states(IDX)
+        assert (theirs(IDX).last_hidden_state - hidden).abs().max() < 1e-4
+    again = fastlm.Encoder.from_pretrained(tmp_path / "base")
+    load_lora(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again.hidden_states(IDX), hidden)
+
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

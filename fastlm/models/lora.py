@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
+from fastlm.models.huggingface.configs import LLAMA_FAMILY
 from fastlm.models.huggingface.names import PREFIX, folder_kind, full, sources
 from fastlm.nn.linear import Linear
 from fastlm.nn.lora import LoRALinear
@@ -96,11 +97,26 @@ def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | No
         base: the name or the folder of the model that the adapters belong to, for peft.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or was read from a Phi-3 folder, whose projections are packed: peft would
+            not find those that the adapters are beside.
     """
     layers = _layers(model)
     if not layers:
         raise ValueError("this model has no LoRA adapters to save")
+    if isinstance(model, GPT) and model.read_from == "phi3":
+        unknown = {part for layer in layers.values() for part in layer.parts} - _parts(model, "phi3").keys()
+        if unknown:
+            raise ValueError(
+                f"the Phi-3 folder that this model was read from has no {part_name(model, min(unknown))}, beside which "
+                "one of these adapters is: its projections are packed, and peft would leave it out. Save both with "
+                "save_pretrained(format='fastlm'), or train adapters of the model saved as Llama (save_pretrained)"
+            )
+    write_adapters(model, path, base)
+
+
+def write_adapters(model: GPT | Encoder, path: str | os.PathLike[str], base: str | None = None) -> None:
+    """`save_lora`, whichever folder the model was read from."""
+    layers = _layers(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -159,8 +175,12 @@ def load_lora(model: GPT | Encoder, path: str | os.PathLike[str]) -> None:
 
 
 def part_name(model: GPT | Encoder, part: str) -> str:
-    """The module's name in transformers' language model. (A part's key has no dots: torch forbids them.)"""
-    return full(part.replace("/", "."), folder_kind(model.config))
+    """The module's name in transformers' language model, of an encoder without a head in the model that this is.
+
+    (A part's key has no dots: torch forbids them.)
+    """
+    name = part.replace("/", ".")
+    return name if isinstance(model, Encoder) and model.head is None else full(name, folder_kind(model.config))
 
 
 def base_digests(model: nn.Module) -> list[str]:
@@ -183,9 +203,9 @@ def base_digests(model: nn.Module) -> list[str]:
 Parts = dict[str, tuple[int, int]]
 
 
-def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
+def _adaptable(model: GPT | Encoder, kind: str | None = None) -> dict[str, Parts]:
     """Of each projection in the blocks, the parts that a folder's format knows, and their rows."""
-    kind = folder_kind(model.config)
+    kind = kind or folder_kind(model.config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
     shapes = {n: s for n, s in shapes.items() if ".lora_" not in n}
     out = {}
@@ -196,6 +216,11 @@ def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
             at += rows
         out[name.removesuffix(".weight")] = parts
     return out
+
+
+def _parts(model: GPT | Encoder, kind: str) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Of each part that a folder's format knows, its projection and its rows."""
+    return {part: (module, rows) for module, parts in _adaptable(model, kind).items() for part, rows in parts.items()}
 
 
 def _targeted(model: GPT | Encoder, targets: str) -> dict[str, Parts]:
@@ -224,11 +249,9 @@ def _match(
 ) -> tuple[dict[str, Parts], dict[str, dict[tuple[str, str], Tensor]]]:
     """The parts that a file's tensors belong to; ValueError where one has no place in this model."""
     kind = folder_kind(model.config)
-    known = {
-        part.replace("/", "."): (module, part, rows)
-        for module, parts in _adaptable(model).items()
-        for part, rows in parts.items()
-    }
+    if kind in LLAMA_FAMILY and any(".qkv_proj." in name or ".gate_up_proj." in name for name in tensors):
+        kind = "phi3"  # the same model with packed projections
+    known = {part.replace("/", "."): (module, part, rows) for part, (module, rows) in _parts(model, kind).items()}
     wanted: dict[str, Parts] = {}
     matrices: dict[str, dict[tuple[str, str], Tensor]] = {}
     for name, tensor in tensors.items():
