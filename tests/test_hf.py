@@ -44,6 +44,8 @@ MODELS = {
     "llama-biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
     "llama-3-rope": ("Llama", {**LLAMA, **rope(**LLAMA_3)}),
     "llama-linear-rope": ("Llama", {**LLAMA, **rope(rope_type="linear", rope_theta=1000.0, factor=2.0)}),
+    "llama-linear-shrinks": ("Llama", {**LLAMA, **rope(rope_type="linear", rope_theta=1000.0, factor=0.5)}),
+    "llama-3-rope-step": ("Llama", {**LLAMA, **rope(**{**LLAMA_3, "low_freq_factor": 4.0})}),
     "llama-yarn": ("Llama", {**LLAMA, **rope(**YARN)}),
     "llama-yarn-options": ("Llama", {**LLAMA, **rope(**YARN, beta_fast=4, beta_slow=0.5, attention_factor=0.7)}),
     "mistral": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 8}),
