@@ -156,6 +156,21 @@ def test_gpt2_as_first_published(tmp_path):
 
 
 @torch.no_grad()
+def test_gpt2_with_the_generic_names(tmp_path):
+    theirs = make("gpt2")
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    for generic, own in (("hidden_size", "n_embd"), ("max_position_embeddings", "n_positions")):
+        fields[generic] = fields.pop(own)
+    fields |= {"num_hidden_layers": fields.pop("n_layer"), "num_attention_heads": 2}  # beside n_head: it counts
+    file.write_text(json.dumps(fields))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids()).logits
+    model = fastlm.GPT.from_pretrained(tmp_path)
+    assert model.config.n_head == 2 and (model(ids())[0] - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_a_gpt_without_biases_is_a_gpt2_with_zeros(tmp_path):
     torch.manual_seed(0)
     model = fastlm.GPT(fastlm.GPTConfig.preset("nano", n_layer=2, init_std=0.2))

@@ -76,7 +76,17 @@ def config_to_huggingface(config: GPTConfig) -> Fields:
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' defaults; Llama's is the number of heads
 
 
+# Other names of GPT-2's fields; where both stand, these count.
+_GENERIC = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
 def _from_gpt2(fields: Fields) -> GPTConfig:
+    fields = {**fields, **{own: fields[generic] for generic, own in _GENERIC.items() if generic in fields}}
     _refuse(fields, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     activation = fields.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
