@@ -138,6 +138,16 @@ def test_packed_padded_and_alone_are_the_same(kind):
         torch.testing.assert_close(padded[row, :n], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_an_empty_batch(shape):
+    model, idx = tiny(), torch.zeros(shape, dtype=torch.int64)
+    for mask in (None, torch.ones(shape)):
+        logits, _ = model(idx, attention_mask=mask)
+        assert logits.shape == (*shape, 97)
+        hidden = model.hidden_states(idx, attention_mask=mask)
+        assert hidden.shape == (*shape, 48)
+
+
 def test_padding_is_never_computed():
     """No block sees more rows than there are tokens."""
     model = tiny()
