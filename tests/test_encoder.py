@@ -138,6 +138,16 @@ def test_packed_padded_and_alone_are_the_same(kind):
         torch.testing.assert_close(padded[row, :n], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_an_empty_batch(shape):
+    model, idx = tiny(), torch.zeros(shape, dtype=torch.int64)
+    for mask in (None, torch.ones(shape)):
+        logits, _ = model(idx, attention_mask=mask)
+        assert logits.shape == (*shape, 97)
+        hidden = model.hidden_states(idx, attention_mask=mask)
+        assert hidden.shape == (*shape, 48)
+
+
 def test_padding_is_never_computed():
     """No block sees more rows than there are tokens."""
     model = tiny()
@@ -182,6 +192,34 @@ def test_gradient_checkpointing_recomputes_in_training_alone(training, forward_p
     model.blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
     model.hidden_states(padded_batch()[0]).sum().backward()
     assert len(seen) == forward_passes
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_heads_activation_is_that_of_transformers(kind, activation, tmp_path, transformers):
+    """BERT's is the model's, RoBERTa's always gelu."""
+    model = theirs(transformers, kind, hidden_act=activation, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = Encoder.from_pretrained(tmp_path / "theirs")
+    idx, _ = padded_batch()
+    expected = model(idx).logits
+    assert (ours(idx)[0] - expected).abs().max() < 1e-4
+    ours.save_pretrained(tmp_path / "ours")
+    back = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
+    assert (back(idx).logits - expected).abs().max() < 1e-4
+    assert Encoder.from_pretrained(tmp_path / "ours").config == ours.config
+
+
+def test_a_head_that_transformers_does_not_have(tmp_path):
+    for changes in ({"layout": "roberta", "activation": "relu"}, {"activation": "gelu", "head_activation": "relu"}):
+        model = tiny(**changes)
+        assert model.head.activation == "relu"  # as folders of fastlm's own format without the field have it
+        with pytest.raises(ValueError, match=r"head_activation is 'relu', not 'gelu'.*format='fastlm'"):
+            model.save_pretrained(tmp_path / "model")
+        tiny(**changes, mlm_head=False).save_pretrained(tmp_path / "headless")
+        model.save_pretrained(tmp_path / "own", format="fastlm")
+        assert Encoder.from_pretrained(tmp_path / "own").config == model.config
 
 
 def test_the_own_format_keeps_all(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -22,6 +23,15 @@ def model() -> fastlm.GPT:
     return fastlm.GPT(config).eval()
 
 
+def likely_end(model: fastlm.GPT, by: float) -> fastlm.GPT:
+    """A copy whose end token is among the likeliest, where a hypothesis may end: its logit is larger by so much."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        end = model.wte.weight[EOS]
+        model.norm.bias += by * end / end.dot(end)
+    return model
+
+
 def log_p(model: fastlm.GPT, prompt: list[int], continuation: list[int]) -> float:
     logits, _ = model(torch.tensor([prompt + continuation]))
     table = torch.log_softmax(logits[0].double(), -1)
@@ -38,15 +48,15 @@ def exhaustive(model: fastlm.GPT, prompt: list[int], longest: int, penalty: floa
     return max(candidates, key=lambda h: h.score)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.7])
+@pytest.mark.parametrize("penalty", [0.0, 1.5])
 def test_nearly_equal_chances_are_searched_as_by_trying_all(penalty: float) -> None:
     torch.manual_seed(3)
     config = fastlm.GPTConfig(vocab_size=VOCAB, block_size=12, n_layer=1, n_head=2, n_embd=16, init_std=0.1)
-    model = fastlm.GPT(config).eval()
+    model = likely_end(fastlm.GPT(config).eval(), by=1.0)
     found = [beam_search(model, [[t]], 2, eos_token=EOS, beams=3, length_penalty=penalty)[0] for t in range(5)]
     best = [exhaustive(model, [t], 2, penalty) for t in range(5)]
     assert all(f.score <= b.score + 1e-4 for f, b in zip(found, best, strict=True))
-    assert sum(f.tokens == b.tokens for f, b in zip(found, best, strict=True)) >= 4
+    assert [f.tokens for f in found] == [b.tokens for b in best]
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
@@ -58,7 +68,7 @@ def test_it_is_the_textbooks_search(model: fastlm.GPT, beams: int) -> None:
         for step in range(1, longest + 1):
             extended = sorted((log_p(model, prompt, [*h, t]), [*h, t]) for h, _ in going for t in range(VOCAB))[::-1]
             first = extended[: 2 * beams]
-            finished += [(h[:-1], score / step) for score, h in first if h[-1] == EOS]
+            finished += [(h[:-1], score / step) for score, h in first[:beams] if h[-1] == EOS]
             finished = sorted(finished, key=lambda f: -f[1])[:beams]
             going = [(h, score) for score, h in first if h[-1] != EOS][:beams]
             if len(finished) == beams and finished[-1][1] >= going[0][1] / step:
@@ -79,11 +89,42 @@ def test_a_score_is_the_models_probability(model: fastlm.GPT) -> None:
         assert found.score == pytest.approx(log_p(model, prompt, whole) / math.sqrt(len(whole)), abs=1e-4)
 
 
-def test_one_beam_is_greedy(model: fastlm.GPT) -> None:
-    for prompt in ([0], [1], [2, 3], [4, 0, 1]):
-        greedy = model.generate([prompt], 8, temperature=0, eos_token=EOS)[0].tolist()[len(prompt) :]
-        (found,) = beam_search(model, [prompt], 8, eos_token=EOS, beams=1, length_penalty=0.0)
+def sharp(seed: int, **changes) -> fastlm.GPT:
+    """A model of few tokens that is sure of them, as trained ones are."""
+    torch.manual_seed(seed)
+    options = {"vocab_size": 12, "block_size": 40, "n_layer": 1, "n_head": 2, "n_embd": 16, "init_std": 0.2, **changes}
+    return fastlm.GPT(fastlm.GPTConfig(**options)).eval()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_one_beam_is_greedy(penalty: float) -> None:
+    """Whatever the end token's chance is: it ends a continuation only where it is the likeliest."""
+    lengths = set()
+    for seed in range(40):
+        model = sharp(seed)
+        prompt = torch.randint(0, 12, (4,)).tolist()
+        greedy = model.generate([prompt], 20, temperature=0, eos_token=EOS)[0].tolist()[len(prompt) :]
+        (found,) = beam_search(model, [prompt], 20, eos_token=EOS, beams=1, length_penalty=penalty)
         assert found.tokens == [t for t in greedy if t != EOS]
+        lengths.add(len(found.tokens))
+    assert len(lengths) > 3 and 20 in lengths  # some end soon, some late, some not at all
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_several_beams_are_those_of_transformers(penalty: float, tmp_path) -> None:
+    """Where both end: of hypotheses that do not end in time, transformers ranks the unfinished ones too."""
+    transformers = pytest.importorskip("transformers")
+    model = likely_end(sharp(0, init_std=0.5), by=2 * penalty)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = torch.randint(0, 12, (16, 4))
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": EOS, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(prompts), "num_beams": 3, "length_penalty": penalty}
+    expected = theirs.generate(prompts, **options)[:, 4:].tolist()
+    found = beam_search(model, prompts.tolist(), 16, eos_token=EOS, beams=3, length_penalty=penalty)
+    ended = [(f.tokens, e[: e.index(EOS)]) for f, e in zip(found, expected, strict=True) if EOS in e]
+    assert len(ended) > 5 and len({len(tokens) for tokens, _ in ended}) > 2
+    assert all(ours == theirs for ours, theirs in ended)
 
 
 def test_a_batch_is_each_prompt_alone(model: fastlm.GPT) -> None:
@@ -98,6 +139,7 @@ def test_a_batch_is_each_prompt_alone(model: fastlm.GPT) -> None:
 
 def test_a_larger_penalty_gives_longer_continuations(model: fastlm.GPT) -> None:
     prompts = [[t, u] for t in range(5) for u in range(5)]
+    model = likely_end(model, by=2.0)
     lengths = [
         sum(len(h.tokens) for h in beam_search(model, prompts, 9, eos_token=EOS, beams=3, length_penalty=a))
         for a in (0.0, 1.0, 3.0)

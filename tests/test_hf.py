@@ -44,6 +44,8 @@ MODELS = {
     "llama-biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
     "llama-3-rope": ("Llama", {**LLAMA, **rope(**LLAMA_3)}),
     "llama-linear-rope": ("Llama", {**LLAMA, **rope(rope_type="linear", rope_theta=1000.0, factor=2.0)}),
+    "llama-linear-shrinks": ("Llama", {**LLAMA, **rope(rope_type="linear", rope_theta=1000.0, factor=0.5)}),
+    "llama-3-rope-step": ("Llama", {**LLAMA, **rope(**{**LLAMA_3, "low_freq_factor": 4.0})}),
     "llama-yarn": ("Llama", {**LLAMA, **rope(**YARN)}),
     "llama-yarn-options": ("Llama", {**LLAMA, **rope(**YARN, beta_fast=4, beta_slow=0.5, attention_factor=0.7)}),
     "mistral": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 8}),
@@ -115,6 +117,30 @@ def test_folder_of_transformers_4(tmp_path):
     assert (fastlm.GPT.from_pretrained(tmp_path)(ids())[0] - theirs(ids()).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 8}, "original_max_position_embeddings": 16},
+        {"rope_scaling": LLAMA_3, "original_max_position_embeddings": 32},
+        {"rope_parameters": YARN, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 900.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 900.0},
+    ],
+    ids=["yarn-beside", "yarn-twice", "llama3-twice", "both-spellings", "theta-twice"],
+)
+@torch.no_grad()
+def test_rotary_options_that_stand_twice(fields, tmp_path):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the order is that of transformers 5")
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    given = json.loads(file.read_text())
+    del given["rope_parameters"]
+    file.write_text(json.dumps({**given, **fields}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (fastlm.GPT.from_pretrained(tmp_path)(ids())[0] - theirs(ids()).logits).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_gpt2_as_first_published(tmp_path):
     """No prefix on the names, and the causal mask among the tensors."""
@@ -127,6 +153,21 @@ def test_gpt2_as_first_published(tmp_path):
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, tmp_path / "model.safetensors")
     assert (fastlm.GPT.from_pretrained(tmp_path)(ids())[0] - theirs(ids()).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_gpt2_with_the_generic_names(tmp_path):
+    theirs = make("gpt2")
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    for generic, own in (("hidden_size", "n_embd"), ("max_position_embeddings", "n_positions")):
+        fields[generic] = fields.pop(own)
+    fields |= {"num_hidden_layers": fields.pop("n_layer"), "num_attention_heads": 2}  # beside n_head: it counts
+    file.write_text(json.dumps(fields))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids()).logits
+    model = fastlm.GPT.from_pretrained(tmp_path)
+    assert model.config.n_head == 2 and (model(ids())[0] - expected).abs().max() < 1e-4
 
 
 @torch.no_grad()

@@ -191,6 +191,7 @@ def test_wrong_tensors(tmp_path):
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "type 'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate = false"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"is_causal": False}, "is_causal=False; fastlm.GPT is causal"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "in some layers only"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
@@ -203,6 +204,14 @@ def test_options_of_the_llama_family_that_are_not_there(fields, message, tmp_pat
     edit(tmp_path / "model", **fields)
     with pytest.raises(ValueError, match=message):
         fastlm.GPT.from_pretrained(tmp_path / "model")
+
+
+def test_the_dropouts_of_phi3_are_those_of_transformers():
+    """Of the two branches and of the attention weights; embd_pdrop is read by nobody there."""
+    given = {"model_type": "phi3", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    given |= {"max_position_embeddings": 16, "intermediate_size": 8, "embd_pdrop": 0.3}
+    config = config_from_huggingface({**given, "resid_pdrop": 0.1, "attention_dropout": 0.2})
+    assert (config.dropout, config.attention_dropout, config.embedding_dropout) == (0.1, 0.2, 0.0)
 
 
 @pytest.mark.parametrize(

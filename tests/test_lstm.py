@@ -124,6 +124,10 @@ def test_generation_options() -> None:
     rows = model.generate(prompts, 6, temperature=0, eos_token=eos, stream=lambda row, t: seen.append((row, t)))
     assert rows[1].tolist() == [4, eos]
     assert [t for row, t in seen if row == 0] == rows[0].tolist()[3:]
+    pair = torch.tensor([[4], [1]])
+    assert model.generate(pair, 6, temperature=0, eos_token=eos)[0].tolist() == [4] + 6 * [eos]
+    padded = model.generate(pair, 6, temperature=0, eos_token=eos, pad_token=7)
+    assert padded.shape == (2, 7) and padded[0].tolist() == [4, eos] + 5 * [7]
     penalised = model.generate([[1, 2]], 10, temperature=0, repetition_penalty=1e6)[0].tolist()
     assert len(set(penalised)) == len(penalised)
     assert model.generate([], 3) == [] and [r.tolist() for r in model.generate([[1]], 0)] == [[1]]

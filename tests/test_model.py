@@ -328,6 +328,15 @@ def test_bad_input(call, error, message):
         ({"position": "rotary", "rope_scaling": {"original_block_size": 0}}, "original_block_size must be at least 1"),
         ({"position": "rotary", "rope_scaling": 3}, "rope_scaling must be a RopeScaling, a dict"),
         ({"position": "rotary", "rope_scaling": {"scale": 2.0}}, "rope_scaling has no field 'scale'"),
+        (
+            {"position": "rotary", "rope_scaling": {"factor": 0.5}},
+            "factor must be at least 1 .linear: above 0., got 0.5",
+        ),
+        ({"position": "rotary", "rope_scaling": {"kind": "linear", "factor": 0.0}}, "factor must be at least 1"),
+        (
+            {"position": "rotary", "rope_scaling": {"low_freq_factor": 5.0}},
+            "not above high_freq_factor, got 5.0 and 4.0",
+        ),
         ({"position": "rotary", "rope_scaling": {"kind": "ntk"}}, "kind must be llama3, linear or yarn, got 'ntk'"),
         ({"position": "rotary", "rope_scaling": {"kind": "yarn", "beta_slow": 40.0}}, "beta_slow must be positive and"),
         ({"position": "rotary", "rope_scaling": {"attention_factor": 1.0}}, "attention_factor is YaRN's"),

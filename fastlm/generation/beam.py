@@ -107,8 +107,9 @@ def search(
 ) -> list[Hypothesis]:
     """Beam search over any continuations that begin with one row for each prompt; see `beam_search`.
 
-    Of the 2 K likeliest continuations of a prompt's K hypotheses, those that end are finished, and K others
-    go on. A prompt is done when K have finished and no hypothesis that goes on scores better now.
+    Of the 2 K likeliest continuations of a prompt's K hypotheses, K that do not end go on. One that ends is finished
+    only where it is among the K likeliest, as one that goes on has to be: so a single beam is greedy decoding. A prompt
+    is done when K have finished and no hypothesis that goes on scores better now.
     """
     logits = continuations.first()
     device, vocab = logits.device, logits.shape[-1]
@@ -127,9 +128,11 @@ def search(
         new_tokens, new_scores, chosen = [], [], []
         for p, prompt in enumerate(open_prompts):
             going: list[tuple[float, int, int]] = []
-            for score, flat in zip(best_list[p], index_list[p], strict=True):
+            for place, (score, flat) in enumerate(zip(best_list[p], index_list[p], strict=True)):
                 parent, token = divmod(flat, vocab)
                 if token == eos_token:
+                    if place >= beams:
+                        continue
                     finished[prompt].append(Hypothesis(tokens[p][parent], penalised(score, step, length_penalty)))
                 elif len(going) < beams:
                     going.append((score, parent, token))

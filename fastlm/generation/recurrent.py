@@ -31,19 +31,22 @@ def generate_recurrent(
     repetition_penalty: float | None = None,
     eos_token: int | Sequence[int] | None = None,
     stop: Stop | None = None,
+    pad_token: int | None = None,
     generator: torch.Generator | None = None,
     stream: Callable[[int, int], object] | None = None,
 ) -> Tensor | list[Tensor]:
     """Continue each prompt by up to `max_new_tokens` tokens. Options, result and errors as `generate`'s.
 
     Prompts of one length are read together, and from then on all rows go together. There is no limit to the length. A
-    tensor of prompts gives a tensor: rows that finish before the others are filled with `eos_token` (or 0).
+    tensor of prompts gives a tensor: rows that finish before the others are filled with `pad_token`, default:
+    the (first) `eos_token`, or 0.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = checked_prompts(idx, model.config.vocab_size, model.device)
     finished_by = stop_rule(stop, eos_token)
+    pad_token = next(iter(eos_tokens(eos_token)), 0) if pad_token is None else pad_token
     continuations: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):
         rows, states, hidden = _read(model, prompts)
@@ -75,9 +78,7 @@ def generate_recurrent(
         return results
     if not results:
         return torch.empty(0, 0, dtype=torch.int64)
-    return torch.nn.utils.rnn.pad_sequence(
-        results, batch_first=True, padding_value=next(iter(eos_tokens(eos_token)), 0)
-    )
+    return torch.nn.utils.rnn.pad_sequence(results, batch_first=True, padding_value=pad_token)
 
 
 def _read(model: LSTMLM, prompts: list[Tensor]) -> tuple[list[int], Tensor, tuple[Tensor, Tensor]]:

@@ -231,7 +231,7 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation = config.masked_activation
         self.dense = nn.Linear(config.n_embd, config.n_embd)
         self.norm = LayerNorm(config.n_embd, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))

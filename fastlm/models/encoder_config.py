@@ -44,6 +44,7 @@ class EncoderConfig:
     attention_dropout: float | None = None  # of the attention weights; None: dropout
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    head_activation: str | None = None  # of the head; None: activation. transformers' RoBERTa has gelu
     init_std: float = 0.02
 
     mlm_head: bool = True  # what predicts the tokens left out
@@ -59,6 +60,11 @@ class EncoderConfig:
     def attention_dropout_p(self) -> float:
         """The probability of dropout on the attention weights."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def masked_activation(self) -> str:
+        """The activation of the head for masked prediction."""
+        return self.activation if self.head_activation is None else self.head_activation
 
     @property
     def position_offset(self) -> int:
@@ -89,7 +95,8 @@ class EncoderConfig:
         if self.intermediate_size is not None:
             check_positive_int("intermediate_size", self.intermediate_size)
         check_choice("layout", self.layout, LAYOUTS)
-        check_choice("activation", self.activation, tuple(a for a in ACTIVATIONS if a not in GATED))
+        for name, activation in (("activation", self.activation), ("head_activation", self.masked_activation)):
+            check_choice(name, activation, tuple(a for a in ACTIVATIONS if a not in GATED))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in ("dropout", "attention_dropout"):

@@ -41,12 +41,14 @@ class GPT(nn.Module):
         config: the GPTConfig it was made from.
         gradient_checkpointing: set to True, the backward pass computes each block again instead of keeping its
             activations: about a third more time, and memory for one block instead of n_layer.
+        read_from: the model_type of the folder that it was read from ("phi3"), None for a new one.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.read_from: str | None = None
         self.embedding_dropout = config.embedding_dropout_p
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd) if config.position == "learned" else None

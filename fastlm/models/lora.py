@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from fastlm.models.encoder import Encoder
 from fastlm.models.gpt import GPT
+from fastlm.models.huggingface.configs import LLAMA_FAMILY
 from fastlm.models.huggingface.names import PREFIX, folder_kind, full, sources
 from fastlm.nn.linear import Linear
 from fastlm.nn.lora import LoRALinear
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ("qv", "attention", "all")
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # peft's starts that leave the model's own weights as they are
 _PEFT = "base_model.model."
-_BASE = "fastlm_base"  # in the file's metadata: the digest of the weights that the adapters belong to
+_BASE = "fastlm_base"  # in the file's metadata: the digests of the weights that the adapters belong to
+_ROUNDINGS = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {"qv": ("attention.qkv",), "attention": ("attention.qkv", "attention.proj")}
 _MODULES["all"] = (*_MODULES["attention"], "mlp.fc", "mlp.proj")
 
@@ -94,11 +97,26 @@ def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | No
         base: the name or the folder of the model that the adapters belong to, for peft.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or was read from a Phi-3 folder, whose projections are packed: peft would
+            not find those that the adapters are beside.
     """
     layers = _layers(model)
     if not layers:
         raise ValueError("this model has no LoRA adapters to save")
+    if isinstance(model, GPT) and model.read_from == "phi3":
+        unknown = {part for layer in layers.values() for part in layer.parts} - _parts(model, "phi3").keys()
+        if unknown:
+            raise ValueError(
+                f"the Phi-3 folder that this model was read from has no {part_name(model, min(unknown))}, beside which "
+                "one of these adapters is: its projections are packed, and peft would leave it out. Save both with "
+                "save_pretrained(format='fastlm'), or train adapters of the model saved as Llama (save_pretrained)"
+            )
+    write_adapters(model, path, base)
+
+
+def write_adapters(model: GPT | Encoder, path: str | os.PathLike[str], base: str | None = None) -> None:
+    """`save_lora`, whichever folder the model was read from."""
+    layers = _layers(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -119,7 +137,7 @@ def save_lora(model: GPT | Encoder, path: str | os.PathLike[str], base: str | No
         "fan_in_fan_out": folder_kind(model.config) == "gpt2",
         "bias": "none",
     }
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _BASE: base_digest(model)})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _BASE: " ".join(base_digests(model))})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -138,15 +156,14 @@ def load_lora(model: GPT | Encoder, path: str | os.PathLike[str]) -> None:
     config = _read_config(folder / ADAPTER_CONFIG)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
-            digest = (opened.metadata() or {}).get(_BASE)
+            digests = (opened.metadata() or {}).get(_BASE, "").split()  # of old folders one, of peft's none
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS} is not a whole safetensors file: {error}") from None
-    if digest is not None and digest != base_digest(model):
+    if digests and set(digests).isdisjoint(own := base_digests(model)):
         raise ValueError(
             f"the adapters in {folder} were trained beside other weights than this model's "
-            f"(base {config.get('base_model_name_or_path')!r}, digest {digest[:12]}, "
-            f"this model {base_digest(model)[:12]})"
+            f"(base {config.get('base_model_name_or_path')!r}, digest {digests[0][:12]}, this model {own[0][:12]})"
         )
     wanted, matrices = _match(model, tensors, folder)
     _add(model, wanted, config["r"], float(config["lora_alpha"]))
@@ -158,27 +175,37 @@ def load_lora(model: GPT | Encoder, path: str | os.PathLike[str]) -> None:
 
 
 def part_name(model: GPT | Encoder, part: str) -> str:
-    """The module's name in transformers' language model. (A part's key has no dots: torch forbids them.)"""
-    return full(part.replace("/", "."), folder_kind(model.config))
+    """The module's name in transformers' language model, of an encoder without a head in the model that this is.
+
+    (A part's key has no dots: torch forbids them.)
+    """
+    name = part.replace("/", ".")
+    return name if isinstance(model, Encoder) and model.head is None else full(name, folder_kind(model.config))
 
 
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 over the weights beside which the adapters stand (hex)."""
-    digest = hashlib.sha256()
+def base_digests(model: nn.Module) -> list[str]:
+    """SHA-256 over the weights beside which the adapters stand: as they are, in bfloat16 and in float16 (hex).
+
+    Two models have the same weights where one of these is the same: a folder, or the one who loads it, may round them,
+    and a digest survives the rounding to its own dtype. (None survives both roundings, one in each model.)
+    """
+    digests = [hashlib.sha256() for _ in _ROUNDINGS]
     for name, p in model.named_parameters():
         if name.endswith(("attention.qkv.weight", "wte.weight")):
             layer = model.get_submodule(name.rpartition(".")[0])
             kept = layer._unmerged if isinstance(layer, LoRALinear) and layer._unmerged is not None else p
-            digest.update(name.encode() + kept.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+            weight = kept.detach().float()
+            for digest, dtype in zip(digests, _ROUNDINGS, strict=True):
+                digest.update(name.encode() + weight.to(dtype).float().cpu().contiguous().numpy().tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
 Parts = dict[str, tuple[int, int]]
 
 
-def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
+def _adaptable(model: GPT | Encoder, kind: str | None = None) -> dict[str, Parts]:
     """Of each projection in the blocks, the parts that a folder's format knows, and their rows."""
-    kind = folder_kind(model.config)
+    kind = kind or folder_kind(model.config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
     shapes = {n: s for n, s in shapes.items() if ".lora_" not in n}
     out = {}
@@ -189,6 +216,11 @@ def _adaptable(model: GPT | Encoder) -> dict[str, Parts]:
             at += rows
         out[name.removesuffix(".weight")] = parts
     return out
+
+
+def _parts(model: GPT | Encoder, kind: str) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Of each part that a folder's format knows, its projection and its rows."""
+    return {part: (module, rows) for module, parts in _adaptable(model, kind).items() for part, rows in parts.items()}
 
 
 def _targeted(model: GPT | Encoder, targets: str) -> dict[str, Parts]:
@@ -217,11 +249,9 @@ def _match(
 ) -> tuple[dict[str, Parts], dict[str, dict[tuple[str, str], Tensor]]]:
     """The parts that a file's tensors belong to; ValueError where one has no place in this model."""
     kind = folder_kind(model.config)
-    known = {
-        part.replace("/", "."): (module, part, rows)
-        for module, parts in _adaptable(model).items()
-        for part, rows in parts.items()
-    }
+    if kind in LLAMA_FAMILY and any(".qkv_proj." in name or ".gate_up_proj." in name for name in tensors):
+        kind = "phi3"  # the same model with packed projections
+    known = {part.replace("/", "."): (module, part, rows) for part, (module, rows) in _parts(model, kind).items()}
     wanted: dict[str, Parts] = {}
     matrices: dict[str, dict[tuple[str, str], Tensor]] = {}
     for name, tensor in tensors.items():
@@ -267,11 +297,19 @@ def _read_config(file: Path) -> dict[str, Any]:
         "alpha_pattern",
         "modules_to_save",
         "trainable_token_indices",
+        "alora_invocation_tokens",
     ):
         if config.get(option):
             raise ValueError(f"{file}: {option}={config[option]!r}, which fastlm does not have")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias={config['bias']!r}; fastlm has 'none'")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        raise ValueError(
+            f"{file}: init_lora_weights={start!r}, which may change the model's own weights too; fastlm has true, "
+            f"false, {', '.join(_STARTS)}. peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes "
+            "adapters for the weights as they were"
+        )
     return config
 
 

@@ -36,8 +36,9 @@ def padding(attention_mask: Tensor) -> Padding:
         raise ValueError(f"attention_mask must have shape (B, T), got {tuple(attention_mask.shape)}")
     mask = attention_mask.bool()
     lengths = mask.sum(1)
-    cu_seqlens = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
-    cu_seqlens[1:] = lengths.cumsum(0)
+    sequences = max(len(mask), 1)  # of no rows: a packed row has one sequence at least, which is empty here
+    cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32, device=mask.device)
+    cu_seqlens[1 : len(mask) + 1] = lengths.cumsum(0)
     longest = int(lengths.max()) if len(mask) else 0
     return Padding(mask.flatten().nonzero().squeeze(1), cu_seqlens, longest, (mask.shape[0], mask.shape[1]))
 

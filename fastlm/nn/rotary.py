@@ -25,7 +25,7 @@ class RopeScaling:
 
     "llama3": wavelengths over original_block_size / low_freq_factor are stretched by `factor`, those under
     original_block_size / high_freq_factor are kept, those between are blended.
-    "linear": all are stretched by `factor` (Chen et al., arXiv:2306.15595).
+    "linear": all are stretched by `factor`, below 1 shrunk (Chen et al., arXiv:2306.15595).
     "yarn": pairs that turn less than `beta_slow` times in original_block_size are stretched by `factor`, those that
     turn more than `beta_fast` times are kept, the pairs between are blended by their number; queries and keys are
     multiplied by `attention_factor`, None: 0.1 ln(factor) + 1 (Peng et al., arXiv:2309.00071).
@@ -52,8 +52,8 @@ class RopeScaling:
             raise ValueError(f"rope_scaling: kind must be llama3, linear or yarn, got {self.kind!r}")
         if not self.original_block_size >= 1:
             raise ValueError(f"rope_scaling: original_block_size must be at least 1, got {self.original_block_size}")
-        if not self.factor >= 1.0:
-            raise ValueError(f"rope_scaling: factor must be at least 1, got {self.factor}")
+        if not (self.factor >= 1.0 or (self.kind == "linear" and self.factor > 0.0)):
+            raise ValueError(f"rope_scaling: factor must be at least 1 (linear: above 0), got {self.factor}")
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 "rope_scaling: beta_slow must be positive and below beta_fast, got "
@@ -63,9 +63,9 @@ class RopeScaling:
             raise ValueError(
                 f"rope_scaling: attention_factor is YaRN's and positive, got {self.attention_factor} for {self.kind}"
             )
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind == "llama3" and not 0 < self.low_freq_factor <= self.high_freq_factor:
             raise ValueError(
-                "rope_scaling: low_freq_factor must be positive and below high_freq_factor, got "
+                "rope_scaling: low_freq_factor must be positive and not above high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
             )
 
@@ -90,7 +90,7 @@ def rotary_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScali
         return stretch * frequency / scaling.factor + (1 - stretch) * frequency
     turns = scaling.original_block_size * frequency / (2 * math.pi)  # turns within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: stretch in full, 1: keep
+    keep = ((turns - low) / (high - low or 1e-9)).clamp(0.0, 1.0)  # 0: stretch in full, 1: keep
     return (1 - keep) * frequency / scaling.factor + keep * frequency
 
 

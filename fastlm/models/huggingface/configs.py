@@ -49,6 +49,8 @@ def config_from_huggingface(fields: Fields) -> GPTConfig:
     try:
         if kind == "fastlm":
             return GPTConfig.from_dict(fields["config"])
+        if not fields.get("is_causal", True):
+            raise ValueError(f"config.json asks for is_causal={fields['is_causal']!r}; fastlm.GPT is causal")
         return _from_gpt2(fields) if kind == "gpt2" else _from_llama(fields, kind)
     except KeyError as error:
         raise ValueError(f"config.json of model_type {kind!r} lacks the field {error}") from None
@@ -74,7 +76,17 @@ def config_to_huggingface(config: GPTConfig) -> Fields:
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' defaults; Llama's is the number of heads
 
 
+# Other names of GPT-2's fields; where both stand, these count.
+_GENERIC = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
 def _from_gpt2(fields: Fields) -> GPTConfig:
+    fields = {**fields, **{own: fields[generic] for generic, own in _GENERIC.items() if generic in fields}}
     _refuse(fields, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     activation = fields.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
@@ -114,6 +126,7 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
         intermediate_size=fields["intermediate_size"],
         dropout=fields.get("resid_pdrop", 0.0) if kind == "phi3" else 0.0,
         attention_dropout=fields.get("attention_dropout", 0.0),
+        embedding_dropout=0.0,  # transformers has none here, whatever Phi-3's embd_pdrop is
         bias=False,
         qkv_bias=own_bias or kind == "qwen2",
         attention_bias=own_bias,
@@ -132,8 +145,12 @@ def _from_llama(fields: Fields, kind: str) -> GPTConfig:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    """The base and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    What stands twice is taken as transformers does: `rope_scaling` before `rope_parameters`, the dict's theta before
+    the one beside it, but the original length beside the dict before the dict's.
+    """
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
@@ -148,7 +165,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
-    original = int(rope.get("original_max_position_embeddings") or fields["max_position_embeddings"])
+    length = "original_max_position_embeddings"
+    original = int(fields.get(length) or rope.get(length) or fields["max_position_embeddings"])
     if kind == "yarn":
         return theta, _yarn(rope, original, fields["max_position_embeddings"])
     return theta, RopeScaling(

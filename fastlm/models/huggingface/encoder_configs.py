@@ -12,6 +12,7 @@ Fields = dict[str, Any]
 OWN = "fastlm-encoder"
 ENCODERS = ("bert", "roberta", OWN)
 _ROBERTA_PADDING = 1  # the id of RoBERTa's padding token; its positions begin behind the row of this number
+_ROBERTA_HEAD = "gelu"  # the activation of RoBERTa's head, whatever hidden_act is
 
 
 def encoder_config_from_huggingface(fields: Fields, *, mlm_head: bool, pooler: bool) -> EncoderConfig:
@@ -31,6 +32,7 @@ def encoder_config_from_huggingface(fields: Fields, *, mlm_head: bool, pooler: b
             return EncoderConfig.from_dict(fields["config"])
         _check_supported(fields, kind)
         offset = 0 if kind == "bert" else _ROBERTA_PADDING + 1
+        activation = ACTIVATIONS[fields.get("hidden_act", "gelu")]
         return EncoderConfig(
             vocab_size=fields["vocab_size"],
             block_size=fields.get("max_position_embeddings", 512) - offset,
@@ -43,7 +45,8 @@ def encoder_config_from_huggingface(fields: Fields, *, mlm_head: bool, pooler: b
             dropout=fields.get("hidden_dropout_prob", 0.1),
             attention_dropout=fields.get("attention_probs_dropout_prob", 0.1),
             norm_eps=fields.get("layer_norm_eps", 1e-12),
-            activation=ACTIVATIONS[fields.get("hidden_act", "gelu")],
+            activation=activation,
+            head_activation=_ROBERTA_HEAD if kind == "roberta" and activation != _ROBERTA_HEAD else None,
             init_std=fields.get("initializer_range", 0.02),
             mlm_head=mlm_head,
             pooler=pooler,
@@ -54,7 +57,17 @@ def encoder_config_from_huggingface(fields: Fields, *, mlm_head: bool, pooler: b
 
 
 def encoder_config_to_huggingface(config: EncoderConfig) -> Fields:
-    """The config.json that transformers reads as the same model."""
+    """The config.json that transformers reads as the same model.
+
+    Raises:
+        ValueError: its head has an activation that the architecture's has not.
+    """
+    head = config.activation if config.layout == "bert" else _ROBERTA_HEAD
+    if config.mlm_head and config.masked_activation != head:
+        raise ValueError(
+            f"transformers' {config.layout} cannot express this model (head_activation is "
+            f"{config.masked_activation!r}, not {head!r}); save it with format='fastlm'"
+        )
     family = "Bert" if config.layout == "bert" else "Roberta"
     fields: Fields = {
         "model_type": config.layout,

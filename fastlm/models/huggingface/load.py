@@ -70,6 +70,7 @@ def from_pretrained(
         checkpoint = _Checkpoint(folder, stack, fields["model_type"])
         with without_weights():
             model = GPT(config)
+        model.read_from = fields["model_type"]
         return checkpoint.fill(model, dtype, device)
 
 

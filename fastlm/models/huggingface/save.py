@@ -100,9 +100,9 @@ def save_pretrained(
             sync(new / name)
             weight_map |= {entry: name for entry, _, _ in shard}
         if unmerged:
-            from fastlm.models.lora import save_lora  # it reads names of this package
+            from fastlm.models.lora import write_adapters  # it reads names of this package
 
-            save_lora(model, new / ADAPTER)
+            write_adapters(model, new / ADAPTER)
         if len(shards) > 1:
             _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
