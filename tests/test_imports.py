@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import fastlm
 
 PROGRAM = """
 import sys
@@ -43,3 +46,14 @@ def test_training_loading_and_generation_import_no_compiler(tmp_path: Path) -> N
     run = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+def test_a_tree_that_was_not_built_says_so(tmp_path: Path) -> None:
+    """Started in the source tree after `pip install .`, Python finds that tree, without its kernels."""
+    tree = tmp_path / "fastlm"
+    shutil.copytree(Path(fastlm.__file__).parent, tree, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    # What is None is not looked for: an editable installation would find the module.
+    code = "import sys; sys.modules['fastlm._C'] = None; import fastlm; print(fastlm.ops.native.IMPORT_ERROR)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"{tree} is a source tree that was not built" in done.stdout
+    assert "RuntimeWarning: fastlm runs without its compiled kernels" in done.stderr

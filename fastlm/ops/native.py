@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +14,29 @@ from torch import Tensor
 
 from fastlm.ops import library, mkl, registry
 
+PACKAGE = Path(__file__).parents[1]
+
+
+def _why_missing(error: ImportError) -> str:
+    if any((PACKAGE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return str(error)
+    builds = ", ".join(sorted(p.name for p in PACKAGE.glob("_C.*")))
+    if builds:
+        return f"{PACKAGE} was built for another Python ({builds})"
+    return (
+        f"{PACKAGE} is a source tree that was not built: start Python in another folder, where the installed fastlm is "
+        "found, or build this one (`pip install -e .`)"
+    )
+
+
 try:
     from fastlm import _C as _compiled  # type: ignore[attr-defined]
 
     IMPORT_ERROR: str | None = None
-except ImportError as error:  # the source tree without a build, or a build for another Python
+except ImportError as error:
     _compiled = None
-    IMPORT_ERROR = str(error)
+    IMPORT_ERROR = _why_missing(error)
+    warnings.warn(f"fastlm runs without its compiled kernels: {IMPORT_ERROR}", RuntimeWarning, stacklevel=2)
 
 mkl.fix_order()
 
