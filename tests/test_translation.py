@@ -76,6 +76,13 @@ def test_it_learns_to_translate(pairs_file: Path, tmp_path: Path, architecture: 
     assert metrics["exact"] == sum(b == c for _, b, c in rows) / len(rows)
 
 
+def test_without_sacrebleu_it_is_said_before_training(pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="need the package sacrebleu: pip install sacrebleu"):
+        make_task(settings(pairs_file, "decoder", 1))
+    make_task(settings(pairs_file, "decoder", 1, val=""))  # nothing to score
+
+
 def test_the_loss_is_on_the_target_alone() -> None:
     tokenizer = ByteTokenizer()
     loader = PairLoader(encode_pairs(PAIRS, tokenizer, 64), tokenizer, 3, seed=1)

@@ -21,7 +21,7 @@ from fastlm.data.batches import Batch
 from fastlm.data.examples import ExampleLoader, pack
 from fastlm.data.loader import evenly_spaced, permute, scramble
 from fastlm.data.tables import read_table
-from fastlm.evaluation.translation import score_translations
+from fastlm.evaluation.translation import check_installed, score_translations
 from fastlm.generation.beam import Hypothesis, beam_search, check_options, search
 from fastlm.generation.seq2seq import Translations
 from fastlm.models.config import GPTConfig
@@ -84,6 +84,8 @@ class Task:
         self._train = read_pairs(settings.train, settings)
         self._val = read_pairs(settings.val, settings) if settings.val else []
         self._test = read_pairs(settings.test, settings) if settings.test else self._val
+        if self._test:  # they are scored at the end: not after hours of training the word that it cannot be done
+            check_installed()
         self.tokenizer: Tokenizer
         if self._is_new:
             lines = (text for pair in self._train for text in pair)
