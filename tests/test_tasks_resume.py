@@ -151,6 +151,24 @@ def test_a_run_killed_while_it_is_evaluated_gets_its_metrics(tmp_path: Path, mon
     assert (again.reason, again.step) == ("early stop", result.step) and metrics["examples"] == 12
 
 
+def test_steps_in_the_command_count_and_not_the_epochs_of_the_file(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tmp_path / "config.toml"
+    config.write_text("[task]\nepochs = 1.0\n")
+    settings = [*COMMON[1:], *settings_of("classification", tmp_path)]  # 43 examples are 6 steps of 8
+
+    def command(*arguments: object) -> tuple[str, int]:
+        result = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+        return result.output, choose_checkpoint(run, "last").step
+
+    new = [tmp_path / "masked", "--out", run, "--config", config, *(x for s in settings for x in ("--set", s))]
+    assert command(*new, "--set", "training.steps=2")[1] == 2
+    assert command("--resume", run, "--set", "training.steps=3")[1] == 3
+    assert command("--resume", run, "--set", "task.epochs=1")[1] == 6
+    assert command("--resume", run, "--set", "training.steps=7")[1] == 7
+    output, _ = command("--resume", run, "--set", "training.steps=9", "--set", "task.epochs=3")
+    assert "wanted training.steps or task.epochs, got both: 9 and 3" in output
+
+
 def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
     run, train = tmp_path / "run", tmp_path / "x.tsv"
     overrides = [*COMMON, *settings_of("classification", tmp_path), "task.class_weights=none"]

@@ -41,6 +41,7 @@ def finetune(
     from rich.console import Console
 
     from fastlm.cli.train import report
+    from fastlm.tasks.epochs import let_steps_count
     from fastlm.tasks.registry import DEFAULTS
     from fastlm.tasks.registry import finetune as run_finetune
     from fastlm.tasks.registry import resume as run_resume
@@ -64,7 +65,9 @@ def finetune(
     else:
         run = out
         overrides.append(override("task.model", model))
-        result, metrics = run_finetune(load_config(config, overrides, DEFAULTS), run)
+        settings = load_config(config, overrides, DEFAULTS)
+        let_steps_count(settings, overrides)
+        result, metrics = run_finetune(settings, run)
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     for name, value in metrics.items():
         console.print(f"{name:20} {shown(value)}", highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from fastlm.files import replace_text
 from fastlm.hints import did_you_mean
+from fastlm.tasks.epochs import let_steps_count
 from fastlm.tasks.pretrained import NEW
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.plot import picture_or_note
@@ -108,6 +109,7 @@ def resume(
     config = run_config(run, overrides)
     if not config.task:
         raise ValueError(f"{run} is a run of pretraining: go on with it by `fastlm train --resume {run}`")
+    let_steps_count(config, overrides)
     task = make_task(config)
     try:
         result = continue_run(config, run, display=display, source=task)
