@@ -169,6 +169,23 @@ def test_steps_in_the_command_count_and_not_the_epochs_of_the_file(tmp_path: Pat
     assert "wanted training.steps or task.epochs, got both: 9 and 3" in output
 
 
+def test_a_run_goes_on_from_any_directory_and_says_where_its_files_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*COMMON, *(s.replace(f"{tmp_path}/", "") for s in settings_of("classification", tmp_path))]
+    assert "task.train=x.tsv" in overrides and "task.model=masked" in overrides
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    finetune(load_config(None, [*overrides, "training.steps=1"], DEFAULTS), "run", display=quiet())
+    monkeypatch.chdir("elsewhere")
+    assert resume("../run", overrides=("training.steps=2",), display=quiet())[0].step == 2
+    (tmp_path / "x.tsv").rename("moved.tsv")
+    more = "training.steps=3"
+    with pytest.raises(FileNotFoundError, match=rf"nothing at {tmp_path / 'x.tsv'}: .* --set task.train=PATH$"):
+        resume("../run", overrides=(more,), display=quiet())
+    assert resume("../run", overrides=(more, "task.train=moved.tsv"), display=quiet())[0].step == 3
+
+
 def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
     run, train = tmp_path / "run", tmp_path / "x.tsv"
     overrides = [*COMMON, *settings_of("classification", tmp_path), "task.class_weights=none"]

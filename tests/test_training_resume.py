@@ -17,6 +17,7 @@ from fastlm.training.checkpoint import find_checkpoints
 from fastlm.training.config import config_to_toml
 from fastlm.training.journal import read_journal
 from fastlm.training.progress import PlainDisplay
+from fastlm.training.run import run_config
 from tests.training_runs import one_thread, quiet, tiny_config, write_tiny_dataset  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +130,23 @@ def test_samples_and_evaluations_do_not_change_the_training(whole: Path, tmp_pat
     samples = [r["text"] for r in numbers(tmp_path / "run") if r["kind"] == "sample"]
     assert len(samples) == 6
     assert all(text.startswith("the ") for text in samples)
+
+
+def test_a_run_goes_on_from_any_directory_and_says_where_its_data_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_dataset(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    start_run(tiny_config(Path("data"), training={"steps": 1}), "run", display=quiet())
+    monkeypatch.chdir("elsewhere")
+    resume_run("../run", overrides=("training.steps=2",), display=quiet())
+    (tmp_path / "data").rename("moved")
+    more = "training.steps=3"
+    with pytest.raises(FileNotFoundError, match=rf"nothing at {tmp_path / 'data'}: .* --set data.path=PATH or --data"):
+        resume_run("../run", overrides=(more,), display=quiet())
+    assert resume_run("../run", overrides=(more, "data.path=moved"), display=quiet()).step == 3
+    assert run_config("../run").data.path == str(tmp_path / "elsewhere" / "moved")
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -> None:

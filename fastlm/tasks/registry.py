@@ -23,7 +23,15 @@ from fastlm.tasks.pretrained import NEW
 from fastlm.training.config import RunConfig, section_from_dict
 from fastlm.training.plot import picture_or_note
 from fastlm.training.progress import Display, make_display
-from fastlm.training.run import RunDoneError, Source, choose_checkpoint, continue_run, run_config, start_run
+from fastlm.training.run import (
+    RunDoneError,
+    Source,
+    check_still_there,
+    choose_checkpoint,
+    continue_run,
+    run_config,
+    start_run,
+)
 from fastlm.training.trainer import TrainResult
 
 TASKS = {
@@ -32,6 +40,7 @@ TASKS = {
     "translation": "fastlm.tasks.translation",
 }
 METRICS = "metrics.json"
+PATHS = ("model", "train", "val", "test")  # the keys in [task] that name files or folders
 # What a fine-tuning run has where neither its config nor the command line says otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"lr": 5e-5, "batch_size": 32, "warmup_steps": 20, "schedule": "linear", "min_lr_ratio": 0.0},
@@ -60,6 +69,7 @@ def make_task(config: RunConfig) -> Task:
         ValueError: no such task, no model, a setting that it does not have, or data that do not fit it.
         FileNotFoundError: the model or the data are not there.
     """
+    config.task |= {key: os.path.abspath(path) for key, path in _paths(config).items()}  # to go on from any directory
     fields = dict(config.task)
     name, model = fields.pop("name", None), fields.pop("model", None)
     if name is None:
@@ -81,6 +91,12 @@ def make_task(config: RunConfig) -> Task:
         )
     module = importlib.import_module(TASKS[name])
     return module.Task(Path(model), section_from_dict(module.Task.Settings, "task", fields), config)
+
+
+def _paths(config: RunConfig) -> dict[str, str]:
+    """The files and folders that the [task] section names, by their keys."""
+    given = {key: config.task.get(key) for key in PATHS}
+    return {k: path for k, path in given.items() if path and isinstance(path, str) and (k, path) != ("model", NEW)}
 
 
 def finetune(
@@ -110,6 +126,7 @@ def resume(
     if not config.task:
         raise ValueError(f"{run} is a run of pretraining: go on with it by `fastlm train --resume {run}`")
     let_steps_count(config, overrides)
+    check_still_there(run, {f"task.{key}": path for key, path in _paths(config).items()})
     task = make_task(config)
     try:
         result = continue_run(config, run, display=display, source=task)

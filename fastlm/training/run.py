@@ -121,7 +121,18 @@ def resume_run(run: str | Path, *, overrides: tuple[str, ...] = (), display: Dis
     config = run_config(run, overrides)
     if config.task:
         raise ValueError(f"{run} is a fine-tuning run: go on with it by `fastlm finetune --resume {run}`")
+    check_still_there(run, {"data.path": config.data.path})
     return continue_run(config, run, display=display)
+
+
+def check_still_there(run: str | Path, paths: dict[str, str]) -> None:
+    """FileNotFoundError where something that a run goes on with, named by its setting, is not where it was."""
+    for setting, path in paths.items():
+        if path and not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{run} goes on with {setting}, and there is nothing at {path}: where it has been moved, say so by "
+                f"--set {setting}=PATH" + (" or --data PATH" if setting == "data.path" else "")
+            )
 
 
 def run_config(run: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -217,6 +228,7 @@ class Pretraining:
         folder = config.data.path
         if not folder:
             raise ValueError("data.path is missing: the folder of a dataset made by `fastlm prepare`")
+        folder = config.data.path = os.path.abspath(folder)  # the run goes on from any directory
         for section, given in (("task", bool(config.task)), ("lora", config.lora != LoraConfig())):
             if given:
                 raise ValueError(f"[{section}] has no meaning in pretraining: `fastlm finetune` has tasks and adapters")
