@@ -235,7 +235,7 @@ class TestDemo:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        for words in ("gzip -9", "this model", "sample", "step 2/2", str(run)):
+        for words in ("gzip -9", "this model", "sample", "2 steps of 2,048 tokens", "step 2/2", str(run)):
             assert words in done.stdout
         assert "\x1b" not in done.stdout  # no colours or moving bars in a pipe
         assert {"config.toml", "tokenizer", "log.jsonl", "loss.png", "checkpoints", "data"} == {

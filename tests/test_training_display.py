@@ -56,7 +56,27 @@ def test_a_log_gets_plain_lines_and_not_one_a_step() -> None:
     ]
     assert "[a note] in brackets" in lines
     assert not any("\x1b" in line for line in lines)
-    assert len(show(Console(file=io.StringIO()), seconds=60).splitlines()) == 2  # the evaluation and the note
+    assert len(show(Console(file=io.StringIO()), seconds=60).splitlines()) == 3  # step 1, the evaluation, the note
+
+
+def test_a_run_says_at_once_what_it_trains_and_on_what(
+    one_thread: None,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def lines(run: str, **training: object) -> list[str]:
+        config = tiny_config(write_tiny_dataset(tmp_path / f"{run}-data"), training={"steps": 2, **training})
+        console = Console(file=io.StringIO(), width=40)
+        start_run(config, tmp_path / run, display=PlainDisplay(console))
+        return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    said = lines("run")
+    assert said[0].startswith("model: 2 layers, 16 wide, ")
+    assert said[0].endswith(" parameters; 2 steps of 128 tokens on cpu, 1 threads")
+    assert said[1].startswith("step 1/2  loss ")
+    assert lines("long", warmup_steps=3)[1] == (
+        "note: training.warmup_steps=3 is more than training.steps=2: "
+        "the learning rate rises over all of them and never falls"
+    )
 
 
 def test_the_display_fits_the_console() -> None:

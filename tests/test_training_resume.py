@@ -104,16 +104,21 @@ def test_a_killed_run_goes_on_exactly(whole: Path, tmp_path: Path, moment: str, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(
-    whole: Path, tmp_path: Path, number: signal.Signals
+    whole: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Interrupter(PlainDisplay):
         def step(self, step: int, loss: float, tokens: int) -> None:
             if step == 7:
                 os.kill(os.getpid(), number)
+                said.append(capfd.readouterr().err)
 
+    said: list[str] = []
     before = signal.getsignal(number)
     result = start_run(tiny_config(whole / "data"), tmp_path / "run", display=Interrupter(quiet().console))
     assert (result.reason, result.step) == (number.name, 7)
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    what = f"{name}: the run stops and saves after this step; a second {name} quits now, without saving"
+    assert said == [f"\n{what}\n"]
     assert signal.getsignal(number) is before
     assert choose_checkpoint(tmp_path / "run", "last").step == 7
     resume_run(tmp_path / "run", display=quiet())

@@ -95,7 +95,6 @@ def demo(
 
     Leaves a run folder with checkpoints, tokenizer, log.jsonl, config.toml and loss.png.
     """
-    import torch
     from rich.console import Console
 
     from fastlm.training.run import check_free, start_run
@@ -110,15 +109,6 @@ def demo(
     config = _config(run, preset, seed, device, steps or preset.steps)
     if steps is None:
         _fit_steps_to_time(config, tokenizer, chosen, (minutes or preset.minutes) * 60)
-    where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    shape = config.model
-    console.print(
-        f"model: {shape['n_layer']} layers, {shape['n_embd']} wide, {shape['n_head']} heads, "
-        f"context {shape['block_size']} tokens; "
-        f"{config.training.steps} steps of {config.training.batch_size * shape['block_size']:,} tokens on {where}",
-        highlight=False,
-        soft_wrap=True,
-    )
     result = start_run(config, run)
     if result.reason == "out of time":
         console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import time
 from collections import deque
@@ -165,17 +166,17 @@ class LiveDisplay(_Base):
 
 
 class PlainDisplay(_Base):
-    """A line at the start, at every evaluation, and every `seconds`."""
+    """A line after the first step, at every evaluation, and every `seconds`."""
 
     def __init__(self, console: Console, seconds: float = 15.0):
         super().__init__(console)
         self.seconds = seconds
-        self._last = 0.0
+        self._last = -math.inf
 
     def start(self, step: int, steps: int) -> None:
         self.steps = steps
         self.speed.start(step)
-        self._last = time.perf_counter()
+        self._last = -math.inf
 
     def step(self, step: int, loss: float, tokens: int) -> None:
         self.speed.update(step, tokens)

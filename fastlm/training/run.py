@@ -31,6 +31,7 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.huggingface import model_from_pretrained
 from fastlm.models.lstm import LSTMLM, LSTMConfig
 from fastlm.training.allocator import keep_freed_memory
+from fastlm.training.announce import announce, device_name
 from fastlm.training.checkpoint import Checkpoint, find_checkpoint
 from fastlm.training.config import LoraConfig, RunConfig, config_to_toml, load_config
 from fastlm.training.distributed import Processes, processes
@@ -374,13 +375,10 @@ def _trainer(
 
 def _about(trainer: Trainer) -> dict[str, Any]:
     """What the first line of a log tells of the run and its machine."""
-    device = trainer.device
     return {
         "fastlm": fastlm.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(trainer.device),
         "processes": trainer.group.world_size,
         "precision": trainer.precision,
         "parameters": trainer.model.num_parameters(),
@@ -392,6 +390,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
 
 def _fit(trainer: Trainer, run: Path) -> TrainResult:
     try:
+        announce(trainer)
         return trainer.fit()
     finally:
         trainer.journal.close()

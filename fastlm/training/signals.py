@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -11,9 +13,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager: the first signal is noted in `received`; a second one acts as it always does."""
+    """Context manager: the first signal is noted in `received`; a second one acts as it always does.
 
-    def __init__(self) -> None:
+    Args:
+        say: tell on stderr at once what the first one does, for a step may take minutes.
+    """
+
+    def __init__(self, say: bool = False) -> None:
+        self.say = say
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -28,6 +35,11 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
+        if self.say:
+            name = "Ctrl-C" if number == signal.SIGINT else self.received.name
+            text = f"\n{name}: the run stops and saves after this step; a second {name} quits now, without saving\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())  # not by the display: the signal may have come in the middle of its print
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

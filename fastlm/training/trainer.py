@@ -123,7 +123,7 @@ class Trainer:
         self.model.train()
         self.display.start(self.step, steps)
         try:
-            with StopRequest() as stop:
+            with StopRequest(say=self.group.is_first) as stop:
                 while self.step < steps and reason == "done":
                     began = time.perf_counter()
                     tokens = self._train_step()
