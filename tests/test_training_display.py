@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fastlm.training import start_run
+from fastlm.cli.train import report
+from fastlm.training import TrainResult, start_run
 from fastlm.training.journal import Journal, read_journal
 from fastlm.training.plot import _smoothed, plot_losses
 from fastlm.training.progress import LiveDisplay, PlainDisplay, Speed, make_display
@@ -77,6 +78,15 @@ def test_a_run_says_at_once_what_it_trains_and_on_what(
         "note: training.warmup_steps=3 is more than training.steps=2: "
         "the learning rate rises over all of them and never falls"
     )
+
+
+def test_the_end_of_a_run_is_one_line_however_narrow_the_terminal() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    report(TrainResult("done", 1000, 3.25, 3.5, 3.5, 12_345.0), Path("run"), "train", console)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "done at step 1000  loss 3.2500  best validation loss 3.5000  12,345 tok/s",
+        "run: run",
+    ]
 
 
 def test_the_display_fits_the_console() -> None:

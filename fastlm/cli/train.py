@@ -56,9 +56,8 @@ def report(result: TrainResult, run: Path, command: str, console: Console) -> No
 
     losses = "" if result.train_loss is None else f"  loss {result.train_loss:.4f}"
     losses += "" if result.best_val_loss is None else f"  best validation loss {result.best_val_loss:.4f}"
-    console.print(
-        f"{result.reason} at step {result.step}{losses}  {result.tokens_per_second:,.0f} tok/s", highlight=False
-    )
+    done = f"{result.reason} at step {result.step}{losses}  {result.tokens_per_second:,.0f} tok/s"
+    console.print(done, highlight=False, soft_wrap=True)
     console.print(f"run: {run}", highlight=False, markup=False, soft_wrap=True)
     if result.reason.startswith("SIG"):
         console.print(
