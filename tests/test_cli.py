@@ -277,3 +277,13 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("FASTLM_TRACEBACK", "1")
     result = fastlm_command("demo", "--data", tmp_path / "no")
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_wrong_backend_of_the_environment_is_one_line() -> None:
+    """In a process of its own: the variable is read when fastlm is imported."""
+    command = [sys.executable, "-m", "fastlm", "info"]
+    environment = {**os.environ, "FASTLM_BACKEND": "foo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: FASTLM_BACKEND='foo': there is no such backend")
+    assert len(done.stderr.splitlines()) == 1

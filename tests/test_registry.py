@@ -78,3 +78,11 @@ def test_the_environment_variable_sets_the_backend() -> None:
     assert _python(code, FASTLM_BACKEND="reference").stdout.strip() == "reference"
     wrong = _python(code, FASTLM_BACKEND="fastest")
     assert wrong.returncode != 0 and "FASTLM_BACKEND='fastest': there is no such backend" in wrong.stderr
+
+
+def test_a_wrong_backend_of_the_environment_runs_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_forced", "cup")
+    with pytest.raises(ValueError, match=r"FASTLM_BACKEND='cup': there is no such backend \(did you mean 'cpu'\?\)"):
+        ops.layer_norm(X, W)
+    with fastlm.backend("reference"):
+        assert ops.layer_norm(X, W).shape == X.shape

@@ -20,7 +20,10 @@ class FriendlyGroup(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        from fastlm.ops.registry import check_environment
+
         try:
+            check_environment()
             return super().invoke(ctx)
         except BrokenPipeError:  # `fastlm generate … | head`
             sys.stdout = None  # type: ignore[assignment] # nothing more can be flushed

@@ -74,7 +74,15 @@ def _known(name: str) -> str:
 
 
 # A plain global, as torch's own backend flags are: it costs nothing to read, and torch.compile guards on it.
-_forced: str = "auto"
+_forced: str = os.environ.get("FASTLM_BACKEND", "auto") or "auto"
+
+
+def check_environment() -> None:
+    """ValueError where FASTLM_BACKEND names no backend. The first op says so, and every command before it begins: an
+    error of the import itself could only be a traceback."""
+    if _forced not in NAMES and _forced != "auto":  # `backend` lets no such name in
+        hint = did_you_mean(_forced, [*NAMES, "auto"])
+        raise ValueError(f"FASTLM_BACKEND={_forced!r}: there is no such backend{hint}; use auto, {', '.join(NAMES)}")
 
 
 @contextmanager
@@ -128,6 +136,7 @@ def choose(op: str, device_type: str, call: tuple) -> str:
     if _forced != "auto":
         reason = _why_not(op, _forced, device_type, call)
         if reason is not None:
+            check_environment()
             raise UnsupportedError(f"backend {_forced!r} cannot run {op} here: {reason}")
         return _forced
     for name in AUTO_ORDER.get(device_type, ("reference",)):
@@ -156,6 +165,7 @@ class Explanation:
 
 
 def explain_call(op: str, device_type: str, call: tuple) -> Explanation:
+    check_environment()
     reasons = {name: _why_not(op, name, device_type, call) for name in NAMES}
     order = AUTO_ORDER.get(device_type, ("reference",)) if _forced == "auto" else (_forced,)
     chosen = next((name for name in order if reasons[name] is None), None)
@@ -194,13 +204,3 @@ def table() -> dict[str, dict[str, str | None]]:
 def implementations() -> dict[str, dict[str, Any]]:
     """op -> backend -> the module that runs it, on whatever machine."""
     return {op: dict(modules) for op, modules in _ops.items()}
-
-
-def _from_environment() -> str:
-    name = os.environ.get("FASTLM_BACKEND", "auto") or "auto"
-    if name not in NAMES and name != "auto":
-        raise ValueError(f"FASTLM_BACKEND={name!r}: there is no such backend; use auto, {', '.join(NAMES)}")
-    return name
-
-
-_forced = _from_environment()
