@@ -287,3 +287,16 @@ def test_a_wrong_backend_of_the_environment_is_one_line() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: FASTLM_BACKEND='foo': there is no such backend")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["--help", "info", "generate"])
+def test_a_reader_that_has_gone_is_no_error(command: str, trained: Path) -> None:
+    """`fastlm … | head`: help is printed by typer's console, info by ours, a generated text by none."""
+    arguments = [command, *([trained / "run", "--prompt", "the"] if command == "generate" else [])]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlm", *arguments], stdout=write, stderr=subprocess.PIPE, timeout=300
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import typer
@@ -14,10 +13,18 @@ TRACEBACK = "FASTLM_TRACEBACK"
 
 class FriendlyGroup(TyperGroup):
     """Prints bad input (ValueError), file errors (OSError), an unsupported backend and a full GPU as one message;
-    exit code 1.
+    exit code 1. A reader that has gone (`fastlm generate … | head`) is no error: exit code 0.
 
     With FASTLM_TRACEBACK=1 in the environment the exception passes through.
     """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:  # so rich and typer end the process where a pipe is broken, --help's too
+            if isinstance(end.__context__, BrokenPipeError):
+                raise SystemExit(0) from None
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         from fastlm.ops.registry import check_environment
@@ -25,9 +32,8 @@ class FriendlyGroup(TyperGroup):
         try:
             check_environment()
             return super().invoke(ctx)
-        except BrokenPipeError:  # `fastlm generate … | head`
-            sys.stdout = None  # type: ignore[assignment] # nothing more can be flushed
-            raise typer.Exit(0) from None
+        except BrokenPipeError:
+            raise  # typer's to handle: it sees to it that nothing more is flushed
         except Exception as error:
             if os.environ.get(TRACEBACK) or not _is_for_the_user(error):
                 raise
