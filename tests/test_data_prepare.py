@@ -369,10 +369,20 @@ class TestPrepare:
         assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "d"}
         assert TokenData.open(tmp_path / "d").tokens == old["splits"]["train"]["tokens"]
 
-    def test_bad_options_and_empty_text(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe"])
+    def test_without_any_text_it_says_what_was_left_out(self, tmp_path: Path, tokenizer: str) -> None:
+        contents = {"empty": b"", "binary": b"a\0b", "utf16": "text".encode("utf-16"), "latin1": b"caf\xe9"}
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        message = r"no text to tokenize; left out: 1 binary files, 1 files in UTF-16 \(make them UTF-8: iconv .*\), "
+        message += "1 documents that are not UTF-8, 1 empty documents"
+        with pytest.raises(ValueError, match=message):
+            options = PrepareOptions(tokenizer, on_bad_text="skip")
+            prepare_files([tmp_path / name for name in contents], tmp_path / "d", options)
+        assert not (tmp_path / "d").exists()
+
+    def test_bad_options(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("")
-        with pytest.raises(ValueError, match="no text"):
-            prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions())
         with pytest.raises(ValueError, match=r"val must be .* got 1.5"):
             prepare_files([tmp_path / "a.txt"], tmp_path / "d", PrepareOptions(val=1.5))
         assert not (tmp_path / "d").exists()

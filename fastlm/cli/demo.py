@@ -165,7 +165,7 @@ def _prepare(data: Path | None, run: Path, preset: Preset, console: Console) -> 
 
 def _pieces(data: Path | None, max_bytes: int) -> SplitPieces:
     from fastlm.data import find_files, read_documents, stdlib_documents
-    from fastlm.data.documents import Document
+    from fastlm.data.documents import Document, ReadReport
     from fastlm.data.pipeline import split_documents
 
     if data is None:
@@ -176,7 +176,8 @@ def _pieces(data: Path | None, max_bytes: int) -> SplitPieces:
     # A single file is cut at max_bytes, of many the first ones are taken: a demo of three minutes cannot read more.
     taken: list[Document] = []
     left = max_bytes
-    for document in read_documents(find_files([data])):
+    report = ReadReport()
+    for document in read_documents(find_files([data]), report=report):
         text = ""
         for piece in document.pieces():
             text += piece
@@ -187,7 +188,7 @@ def _pieces(data: Path | None, max_bytes: int) -> SplitPieces:
         if left <= 0:
             break
     if not taken:
-        raise ValueError(f"there is no text in {data}: it is empty or binary")
+        raise ValueError(f"there is no text in {data}; left out: {', '.join(report.lines())}")
     yield from split_documents(taken, 0.1)
 
 

@@ -65,13 +65,8 @@ def prepare(
             f"{counts['text_bytes']:>13,} bytes",
             highlight=False,
         )
-    for count, what in (
-        (report.binary_files, "binary files"),
-        (report.undecodable, "documents that are not UTF-8"),
-        (report.empty, "empty documents"),
-    ):
-        if count:
-            console.print(f"left out: {count} {what}", highlight=False)
+    for line in report.lines():
+        console.print(f"left out: {line}", highlight=False, soft_wrap=True)
     console.print(
         f"dataset: {out}  (vocabulary {manifest['vocab_size']:,})", highlight=False, markup=False, soft_wrap=True
     )

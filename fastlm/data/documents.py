@@ -42,8 +42,19 @@ class ReadReport:
     """What reading left out; filled in while `read_documents` runs."""
 
     binary_files: int = 0
+    utf16_files: int = 0
     undecodable: int = 0
     empty: int = 0
+
+    def lines(self) -> list[str]:
+        """What was left out, in words: how many of which kind."""
+        kinds = (
+            (self.binary_files, "binary files"),
+            (self.utf16_files, "files in UTF-16 (make them UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW)"),
+            (self.undecodable, "documents that are not UTF-8"),
+            (self.empty, "empty documents"),
+        )
+        return [f"{count} {kind}" for count, kind in kinds if count]
 
 
 def find_files(inputs: Sequence[str | Path], pattern: str = "*") -> list[Path]:
@@ -76,7 +87,8 @@ def read_documents(
     """Documents of the files, in order. A line of a .jsonl file is one document (its `text_key`); any other file is
     one document.
 
-    `.gz` is read through gzip. Files with a zero byte near the start are taken for binary and left out.
+    `.gz` is read through gzip. Files with a zero byte near the start are taken for binary, or UTF-16 where they begin
+    with its byte order mark, and left out.
 
     Args:
         on_bad_text: what to do with bytes that are not UTF-8: "error", "skip" the document, or "replace" them by
@@ -91,8 +103,12 @@ def read_documents(
         raise ValueError(f"on_bad_text must be one of {', '.join(BAD_TEXT)}, got {on_bad_text!r}")
     report = report if report is not None else ReadReport()
     for path in files:
-        if _is_binary(path):
-            report.binary_files += 1
+        start = _start(path)
+        if b"\0" in start:
+            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                report.utf16_files += 1
+            else:
+                report.binary_files += 1
         elif path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
             yield from _jsonl_documents(path, text_key, on_bad_text, report)
         elif on_bad_text == "skip" and not _is_utf8(path):
@@ -126,9 +142,9 @@ def _whole(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
 
 
-def _is_binary(path: Path) -> bool:
+def _start(path: Path) -> bytes:
     with _whole(path), _open_bytes(path) as f:
-        return b"\0" in f.read(8192)
+        return f.read(8192)
 
 
 def _open_text(path: Path, on_bad_text: str) -> TextIO:

@@ -54,6 +54,9 @@ def prepare_files(
         else:
             yield from split_documents(documents(files, counts), options.val)
 
+    left_out = ReadReport()
+    if next(documents([*files, *val_files], left_out), None) is None:  # before a tokenizer is trained on nothing
+        raise ValueError(f"there is no text to tokenize; left out: {', '.join(left_out.lines())}")
     tokenizer = _tokenizer(options, pieces)
     about = {"sources": [str(p) for p in itertools.islice(itertools.chain(files, val_files), 100)]}
     return write_dataset(pieces(report), out, tokenizer, overwrite=options.overwrite, progress=progress, about=about)
