@@ -70,7 +70,9 @@ def test_it_learns_to_translate(pairs_file: Path, tmp_path: Path, architecture: 
     command = CliRunner().invoke(app, arguments)
     assert command.exit_code == 0, command.output
     assert command.stdout.splitlines() == [c for _, _, c in rows[:3]]
-    assert "empty sentence" in CliRunner().invoke(app, ["translate", str(tmp_path / "run"), "--text", " "]).output
+    blank = CliRunner().invoke(app, arguments[:4], input="\n".join([sources[0], "", sources[1], " "]))
+    assert blank.stdout.splitlines() == [rows[0][2], "", rows[1][2], ""]
+    assert CliRunner().invoke(app, arguments[:4], input="\n").stdout == "\n"
     long = CliRunner().invoke(app, ["translate", str(tmp_path / "run"), "--text", "one red cat " * 60])
     assert long.exit_code == 1 and "this model translates up to" in long.output, long.output
     assert metrics["exact"] == sum(b == c for _, b, c in rows) / len(rows)

@@ -23,7 +23,7 @@ def translate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each sentence.")] = False,
 ) -> None:
-    """Translate sentences, one a line."""
+    """Translate sentences, one a line. An empty line stays one: the lines of both sides belong together."""
     from fastlm.data import load_tokenizer
     from fastlm.tasks.translation import longest_source, open_translator
     from fastlm.tasks.translation import translate as translated
@@ -40,11 +40,11 @@ def translate(
     tokenizer = load_tokenizer(tokenizer_path)
     lines = text or [line.rstrip("\r\n") for line in sys.stdin]
     for line in lines:
-        if not line.strip():
-            raise ValueError("an empty sentence cannot be translated")
         longest, length = longest_source(model.config.block_size), len(tokenizer.encode(line))
         if length > longest:
             raise ValueError(f"the sentence {line[:40]!r}… has {length} tokens, this model translates up to {longest}")
-    results = translated(model, tokenizer, lines, beams, length_penalty, max_new_tokens)
-    for line, result in zip(lines, results, strict=True):
+    sentences = [line for line in lines if line.strip()]
+    results = iter(translated(model, tokenizer, sentences, beams, length_penalty, max_new_tokens) if sentences else [])
+    for line in lines:
+        result = next(results) if line.strip() else ""
         typer.echo(json.dumps({"source": line, "translation": result}, ensure_ascii=False) if as_json else result)
