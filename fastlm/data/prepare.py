@@ -10,6 +10,7 @@ The folder is written under a temporary name and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -86,6 +87,7 @@ def write_dataset(
     Raises:
         FileExistsError: the folder exists (and is not a dataset, or `overwrite` is false).
         ValueError: there was no text at all.
+        OSError: the disk is full, say; names the folder.
     """
     folder = Path(folder)
     folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced
@@ -101,17 +103,20 @@ def write_dataset(
                 ids = tokenizer.encode_batch([text for _, text, _ in batch])
                 for (split, text, ends), piece_ids in zip(batch, ids, strict=True):
                     done = len(text.encode("utf-8"))
-                    writers[split].write(piece_ids, done, ends)
+                    with _writing(folder):
+                        writers[split].write(piece_ids, done, ends)
                     if progress is not None:
                         progress(done)
             if not any(w.tokens for w in writers.values()):
                 raise ValueError("there is no text to tokenize: every document is empty")
-            splits = {split: writer.close() for split, writer in writers.items() if writer.tokens}
+            with _writing(folder):
+                splits = {split: writer.close() for split, writer in writers.items() if writer.tokens}
         except BaseException:
             for writer in writers.values():
                 writer.discard()
             raise
-        tokenizer.save(temporary / "tokenizer")
+        with _writing(folder):
+            tokenizer.save(temporary / "tokenizer")
         manifest = {
             "format": 1,
             "tokenizer": tokenizer.fingerprint,
@@ -120,12 +125,23 @@ def write_dataset(
             "splits": splits,
             **(about or {}),
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        with _writing(folder):
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _put_in_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Names the dataset that cannot be written: the system's error of a full disk names nothing."""
+    try:
+        yield
+    except OSError as error:
+        before = "; the one before it is whole" if folder.exists() else ""
+        raise OSError(f"the dataset {folder} could not be written: {error}{before}") from error
 
 
 def _put_in_place(new: Path, folder: Path) -> None:

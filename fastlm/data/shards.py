@@ -16,6 +16,7 @@ All integers are little-endian.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Give up: remove the temporary file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it writes what is left, which a full disk refuses once more
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
