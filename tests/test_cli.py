@@ -94,7 +94,14 @@ class TestPrepareAndTrain:
         assert "no text" in fails("prepare", tmp_path / "empty.txt", *out)
         (tmp_path / "a.txt").write_text(SENTENCE)
         assert "no such file or folder" in fails("prepare", tmp_path / "a.txt", *out, "--tokenizer", "bytez")
+        assert "Invalid value for '--threads'" in fails("prepare", tmp_path / "a.txt", *out, "--threads", -1, code=2)
         assert not (tmp_path / "data").exists()
+
+    def test_a_text_with_too_few_merges_is_noted(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(SENTENCE * 9)
+        arguments = ("prepare", tmp_path / "a.txt", "--tokenizer", "bpe", "--overwrite", "--out", tmp_path / "data")
+        assert "note: fewer ids than --vocab-size 8192" in succeeds(*arguments)
+        assert "note" not in succeeds(*arguments, "--vocab-size", 260)
 
 
 class TestEvaluate:

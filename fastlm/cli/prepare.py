@@ -32,7 +32,7 @@ def prepare(
         str, typer.Option(help="Bytes that are not UTF-8: error, skip (the document) or replace.")
     ] = "error",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there already.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads for BPE; 0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads for BPE; 0: all cores.", min=0)] = 0,
 ) -> None:
     """Turn text into a dataset folder of memory-mapped token shards.
 
@@ -70,3 +70,9 @@ def prepare(
     console.print(
         f"dataset: {out}  (vocabulary {manifest['vocab_size']:,})", highlight=False, markup=False, soft_wrap=True
     )
+    if tokenizer == "bpe" and manifest["vocab_size"] < vocab_size:
+        console.print(
+            f"note: fewer ids than --vocab-size {vocab_size}: the text has no more pairs to merge that occur twice",
+            highlight=False,
+            soft_wrap=True,
+        )
