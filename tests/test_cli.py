@@ -170,13 +170,22 @@ class TestGenerate:
 
     def test_bad_input(self, trained: Path, tmp_path: Path) -> None:
         run = trained / "run"
-        assert "the model's context is 16" in fails("generate", run, "--prompt", SENTENCE)
+        assert "the model's context is 16: give only the end of it" in fails("generate", run, "--prompt", SENTENCE)
         assert "'É'" in fails("generate", run, "--prompt", "É")
         for options in (("--temperature", -1), ("--min-p", 2), ("--top-k", 0), ("--repetition-penalty", 0)):
             name = options[0].removeprefix("--").replace("-", "_")
             assert fails("generate", run, "--prompt", "the", *options).startswith(f"error: {name}")  # no prompt shown
         assert "Invalid value for '--seed'" in fails("generate", run, "--seed", 2**70, code=2)
-        assert "no such folder" in fails("generate", tmp_path / "no")
+        missing = fails("generate", tmp_path / "no")
+        assert "no such folder" in missing and "`hf download NAME --local-dir FOLDER`" in missing
+
+    def test_a_run_is_no_model_folder_and_has_one(self, trained: Path) -> None:
+        model = choose_checkpoint(trained / "run", "best").model_path
+        for folder in (trained / "run", model.parent):
+            with pytest.raises(
+                FileNotFoundError, match=rf"has no config.json; .*give the folder of a model, here {model}"
+            ):
+                fastlm.GPT.from_pretrained(folder)
 
     def test_the_dtype_of_the_weights(self, trained: Path, tmp_path: Path) -> None:
         run = trained / "run"

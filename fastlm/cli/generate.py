@@ -69,7 +69,8 @@ def generate(
             raise ValueError("this tokenizer has no end-of-text token to begin with: give a prompt")
         if isinstance(loaded, GPT) and len(row) > loaded.config.block_size:
             raise ValueError(
-                f"the prompt {text[:40]!r}… has {len(row)} tokens, the model's context is {loaded.config.block_size}"
+                f"the prompt {text[:40]!r}… has {len(row)} tokens, the model's context is {loaded.config.block_size}: "
+                "give only the end of it"
             )
     stops = [s for s in stop or [] if s]
     streams = [TextStream(vocabulary.stream(), stops) for _ in ids]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from fastlm.models.huggingface.load import HOW_TO_DOWNLOAD
 from fastlm.training.checkpoint import INFO, open_checkpoint
 from fastlm.training.run import CONFIG, choose_checkpoint
 
@@ -34,7 +35,9 @@ def find_model(path: Path, which: str = "best") -> tuple[Path, Path]:
         which: which checkpoint of a run: "best" or "last".
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"no such folder: {path} (wanted a run, a checkpoint, or a model folder)")
+        raise FileNotFoundError(
+            f"no such folder: {path} (wanted a run, a checkpoint, or a model folder). {HOW_TO_DOWNLOAD}"
+        )
     if (path / CONFIG).is_file():
         return choose_checkpoint(path, which).model_path, path / "tokenizer"
     if (path / INFO).is_file():

@@ -27,6 +27,9 @@ Model = TypeVar("Model", GPT, Encoder)
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"  # LoRA adapters in a model folder of fastlm's own format
 INDEX = "model.safetensors.index.json"
+HOW_TO_DOWNLOAD = (
+    "fastlm downloads nothing; `hf download NAME --local-dir FOLDER` (of the package huggingface_hub) does"
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -187,13 +190,10 @@ class _Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{folder} {what}: give a folder with config.json and safetensors. fastlm downloads nothing; "
-            f"`hf download NAME --local-dir FOLDER` (of the package huggingface_hub) does"
-        )
+        raise FileNotFoundError(f"{folder} {what}: give a folder with config.json and safetensors. {HOW_TO_DOWNLOAD}")
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; it holds: {_names(folder)}")
+        raise FileNotFoundError(f"{folder} has no config.json; it holds: {_names(folder)}{_model_in(folder)}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -216,7 +216,9 @@ def _files(folder: Path) -> list[Path]:
                 "code in it, so fastlm does not. Convert them where you trust them: "
                 "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
-        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds: {_names(folder)}")
+        raise FileNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds: {_names(folder)}{_model_in(folder)}"
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -227,6 +229,16 @@ def _files(folder: Path) -> list[Path]:
             f"{', '.join(missing)}"
         )
     return [folder / name for name in names]
+
+
+def _model_in(folder: Path) -> str:
+    """Where the model is, if the folder is a run or a checkpoint."""
+    from fastlm.training.loading import find_model  # here: the training package imports this one
+
+    try:
+        return f"; give the folder of a model, here {find_model(folder)[0]}"
+    except (OSError, ValueError):
+        return ""
 
 
 def _names(folder: Path) -> str:
