@@ -43,6 +43,18 @@ def test_loader_prepare_checkpoint_and_batches(text: Path) -> None:
     assert all(n > 0 for n in numbers)
 
 
+def test_a_text_that_is_too_small_or_missing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(io, "run", lambda *_: pytest.fail("it began"))
+    (tmp_path / "a.txt").write_text("hello\n")
+    for name, message in (("a.txt", "has 6 bytes, wanted a text of at least 1,000,000"), ("b.txt", "no such file")):
+        monkeypatch.setattr(sys, "argv", ["io", str(tmp_path / name)])
+        with pytest.raises(SystemExit, match="2"):
+            io.main()
+        assert message in capsys.readouterr().err
+
+
 def test_the_lstm_layer_computes_what_torchs_does() -> None:
     comparison = compare(4, 6, 24, 1)
     assert [r.peer for r in comparison.results] == ["fastlm", "eager"]

@@ -29,6 +29,7 @@ from fastlm.data.pipeline import PrepareOptions, prepare_files
 from fastlm.data.prepare import BATCH_CHARS
 from fastlm.training.checkpoint import CheckpointWriter, copied
 
+SMALLEST = 1_000_000  # bytes of the text: a corpus of more copies of a smaller one would be like no text
 PARTS = ("loader", "prepare", "checkpoint", "batching")
 
 
@@ -188,6 +189,10 @@ def main() -> None:
     for part in parts:
         if part not in PARTS:
             parser.error(f"there is no part {part!r}; the parts are: {', '.join(PARTS)}")
+    if not options.text.is_file():
+        parser.error(f"no such file: {options.text}")
+    if (size := options.text.stat().st_size) < SMALLEST:
+        parser.error(f"{options.text} has {size:,} bytes, wanted a text of at least {SMALLEST:,}")
     where = report.environment()
     results = run(options.text, parts, options.rounds)
     for part, values in results.items():
