@@ -177,9 +177,12 @@ def test_a_model_that_knows_the_text_answers_right() -> None:
     assert score.acc_interval == (1.0, 1.0)
 
 
-def test_an_ending_that_does_not_fit_is_refused(model: GPT) -> None:
-    with pytest.raises(ValueError, match="does not fit block_size=16"):
-        score_choices(model, ByteTokenizer(), [Question("c", ("x" * 30, "y"), 0)])
+def test_an_ending_that_does_not_fit_is_refused(model: GPT, tmp_path: Path) -> None:
+    rows = [{"ctx": "c", "endings": ["x" * length, "y"], "label": 0} for length in (1, 30)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = r"q\.jsonl:2 has an ending of 31 tokens, which does not fit block_size=16: .*; take the question out"
+    with pytest.raises(ValueError, match=message):
+        score_choices(model, ByteTokenizer(), read_questions(tmp_path / "q.jsonl"))
 
 
 @pytest.mark.parametrize("training", [True, False])

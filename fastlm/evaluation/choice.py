@@ -20,11 +20,12 @@ RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then wobble by
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible endings, and which of them is right."""
+    """A context, its possible endings, and which of them is right; `where` it was read, for messages."""
 
     context: str
     endings: tuple[str, ...]
     label: int
+    where: str = "a question"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_questions(path: str | Path) -> list[Question]:
                 row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row["endings"], list):
                     raise ValueError(f"endings must be a list, got {row['endings']!r}")
-                question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
+                question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]), f"{path}:{number}")
                 if not all(isinstance(text, str) for text in (question.context, *question.endings)):
                     raise ValueError("ctx or an ending is not a string")
                 if len(question.endings) < 2 or not all(question.endings):
@@ -150,14 +151,16 @@ def _items(
         context = tokenizer.begin + tokenizer.encode(question.context)
         if not context:
             raise ValueError(
-                f"a question has an empty context, and {tokenizer!r} has no token that begins a text: nothing stands "
-                f"before its endings ({question.endings[0][:40]!r}, …)"
+                f"{question.where} has an empty context, and {tokenizer!r} has no token that begins a text: nothing "
+                f"stands before its endings ({question.endings[0][:40]!r}, …)"
             )
         for ending in question.endings:
             ending_ids = tokenizer.encode(" " + ending)
             if len(ending_ids) >= limit:
                 raise ValueError(
-                    f"an ending of {len(ending_ids)} tokens does not fit block_size={limit - 1}: {ending[:60]!r}…"
+                    f"{question.where} has an ending of {len(ending_ids)} tokens, which does not fit "
+                    f"block_size={limit - 1}: {ending[:60]!r}…; take the question out, for every model that "
+                    "is compared, or a model with a longer context"
                 )
             ids = context + ending_ids
             shortened += len(ids) > limit
