@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fastlm
+from fastlm.ops import native
 
 _C = pytest.importorskip("fastlm._C", reason="fastlm._C is not built: python setup.py build_ext --inplace")
 MODULE = Path(_C.__file__)
@@ -38,6 +39,7 @@ def test_build_info():
         assert info["cuda_archs"] and info["cuda_reason"] is None
     else:
         assert info["cuda_archs"] == [] and info["cuda_reason"]
+        assert native.cuda_unavailable() == f"fastlm was built without CUDA: {info['cuda_reason']}"
 
 
 def test_cpu():

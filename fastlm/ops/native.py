@@ -60,8 +60,9 @@ def cpu_unavailable() -> str | None:
 def cuda_unavailable() -> str | None:
     if C is None:
         return f"the compiled module fastlm._C is not there ({IMPORT_ERROR})"
-    if not C.build_info()["cuda"]:
-        return "fastlm was built without CUDA (no nvcc was found, or FASTLM_CUDA=0)"
+    built = C.build_info()
+    if not built["cuda"]:
+        return f"fastlm was built without CUDA: {built['cuda_reason']}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     if torch.cuda.get_device_capability() < (8, 0):
