@@ -214,7 +214,9 @@ def shown(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help=f"{', '.join(RUNS)}, or all (but the one for a GPU)")
-    parser.add_argument("--data", default="../shared/data", help="the folder with text/, gpt2/, eval/, translation/")
+    parser.add_argument(
+        "--data", default="../shared/data", help="has text/, gpt2/, eval/, translation/: docs/training.md"
+    )
     parser.add_argument("--set", action="append", default=[], help="a setting for the trainings; then nothing is kept")
     options = parser.parse_args()
     names = [n for n in RUNS if n != "shakespeare-gpu"] if options.runs == ["all"] else options.runs
