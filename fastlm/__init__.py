@@ -1,8 +1,10 @@
 """fastlm: fast GPT language models in PyTorch, from hand-written C++, CUDA and Triton kernels."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastlm import ops
+from fastlm.ops.native import IMPORT_ERROR
 from fastlm.ops.registry import UnsupportedError, backend
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ __all__ = [
     "ops",
     "optim",
 ]
+
+if IMPORT_ERROR is not None:
+    warnings.warn(f"fastlm runs without its compiled kernels: {IMPORT_ERROR}", RuntimeWarning, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

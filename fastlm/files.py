@@ -48,7 +48,7 @@ def replace_folder(folder: Path, keep: Callable[[str], bool]) -> Iterator[Path]:
         new.chmod(0o777 & ~_umask())  # mkdtemp made it readable for its owner only
         sync(new)
         if replaces:
-            _exchange(new, folder)
+            exchange(new, folder)
         else:
             new.rename(folder)
     except BaseException:
@@ -68,7 +68,7 @@ def _umask() -> int:
     return mask
 
 
-def _exchange(new: Path, old: Path) -> None:
+def exchange(new: Path, old: Path) -> None:
     """Swap two folders' names: in one step where the system can (Linux), else in two renames."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

@@ -13,7 +13,12 @@ T = TypeVar("T")
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """What a message says after an unknown name: " (did you mean 'lr'?)", or nothing where no known one is like it."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return meant(near[0]) if near else ""
+
+
+def meant(name: str) -> str:
+    """The same, where the name that was meant is known."""
+    return f" (did you mean {name!r}?)"
 
 
 def from_fields(cls: type[T], fields: dict[str, Any], name: str | None = None) -> T:

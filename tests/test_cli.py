@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
 import fastlm
 from fastlm.cli import app
+from fastlm.cli.errors import FriendlyGroup
 from fastlm.cli.generate import TextStream
 from fastlm.cli.loading import end_tokens, load_model
 from fastlm.data import BPETokenizer, ByteTokenizer
@@ -316,3 +318,16 @@ def test_a_reader_that_has_gone_is_no_error(command: str, trained: Path) -> None
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error() -> None:
+    """Not the reader of the output has gone (which is none), but a tracker's process, say."""
+    app = typer.Typer(cls=FriendlyGroup)
+
+    @app.command()
+    def command() -> None:
+        raise BrokenPipeError(32, "the tracker has gone")
+
+    app.callback()(lambda: None)
+    result = CliRunner().invoke(app, ["command"])
+    assert result.exit_code == 1 and "the tracker has gone" in result.stderr

@@ -337,15 +337,12 @@ class TestPrepare:
         def prepare(text: str) -> None:
             write_dataset(iter([("train", text, True)]), tmp_path / "d", ByteTokenizer(), overwrite=True)
 
-        def refuse(old: Path, new: Path) -> None:
-            if new == tmp_path / "d" and not str(old).endswith(".old"):
-                raise PermissionError("not now")
-            real(old, new)
+        def refuse(new: Path, old: Path) -> None:
+            raise PermissionError("not now")
 
         prepare("old")
-        real = os.replace
         with monkeypatch.context() as patch, pytest.raises(PermissionError, match="not now"):
-            patch.setattr(os, "replace", refuse)
+            patch.setattr("fastlm.data.prepare.exchange", refuse)
             prepare("new")
         assert [p.name for p in tmp_path.iterdir()] == ["d"]
         assert bytes(all_ids(tmp_path / "d", "train")[:-1].tolist()) == b"old"

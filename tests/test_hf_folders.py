@@ -264,7 +264,7 @@ def test_a_save_that_fails_changes_nothing(fails_at, exchange, folder, monkeypat
     if exchange == "two renames":
         monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
     if fails_at == "renaming":
-        monkeypatch.setattr(files, "_exchange", cannot_rename)
+        monkeypatch.setattr(files, "exchange", cannot_rename)
     with pytest.raises(OSError):
         tiny(seed=1).save_pretrained(folder, max_shard_size="30KB")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -11,6 +11,7 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
+// Taller than those of rows.h: nothing else is done to a row here, so the chunks' sums must be few beside the rows.
 constexpr int64_t kLeastRows = 64, kMostChunks = 64;
 
 int64_t rows_of_a_chunk(int64_t rows) { return std::max(kLeastRows, (rows + kMostChunks - 1) / kMostChunks); }

@@ -188,7 +188,7 @@ def _pieces(data: Path | None, max_bytes: int) -> SplitPieces:
         if left <= 0:
             break
     if not taken:
-        raise ValueError(f"there is no text in {data}; left out: {', '.join(report.lines())}")
+        raise ValueError(f"there is no text in {data}{report.in_words()}")
     yield from split_documents(taken, 0.1)
 
 

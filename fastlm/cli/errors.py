@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from typing import Any
 
 import typer
@@ -22,7 +23,7 @@ class FriendlyGroup(TyperGroup):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:  # so rich and typer end the process where a pipe is broken, --help's too
-            if isinstance(end.__context__, BrokenPipeError):
+            if end.code == 1 and isinstance(end.__context__, BrokenPipeError):
                 raise SystemExit(0) from None
             raise
 
@@ -32,14 +33,23 @@ class FriendlyGroup(TyperGroup):
         try:
             check_environment()
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # typer's to handle: it sees to it that nothing more is flushed
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _reader_has_gone():
+                raise  # typer's to handle: it sees to it that nothing more is flushed
             if os.environ.get(TRACEBACK) or not _is_for_the_user(error):
                 raise
             typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
             typer.echo(f"{_message(error)}", err=True)
             raise typer.Exit(1) from None
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is the standard output that nobody reads: another broken pipe, a tracker's say, is an error."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _is_for_the_user(error: Exception) -> bool:

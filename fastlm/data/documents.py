@@ -56,6 +56,11 @@ class ReadReport:
         )
         return [f"{count} {kind}" for count, kind in kinds if count]
 
+    def in_words(self) -> str:
+        """How a message goes on that there was no text; nothing where nothing was left out."""
+        lines = self.lines()
+        return f"; left out: {', '.join(lines)}" if lines else ""
+
 
 def find_files(inputs: Sequence[str | Path], pattern: str = "*") -> list[Path]:
     """The files behind `inputs`: a file is itself, a folder all files in it that match `pattern`, in sorted order.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastlm.data.bpe import BPETokenizer
 from fastlm.data.documents import Document, ReadReport, read_documents
-from fastlm.data.prepare import SplitPieces, check_free, split_by_document, split_tail, write_dataset
+from fastlm.data.prepare import SplitPieces, check_free, remove_leftovers, split_by_document, split_tail, write_dataset
 from fastlm.data.tokenizers import CharTokenizer, Tokenizer, make_tokenizer
 
 
@@ -42,6 +42,7 @@ def prepare_files(
     """
     if not 0 <= options.val < 1:
         raise ValueError(f"val must be at least 0 and less than 1, got {options.val}")
+    remove_leftovers(Path(out))
     check_free(out, overwrite=options.overwrite)
 
     def documents(of: Sequence[Path], counts: ReadReport | None = None) -> Iterator[Document]:
@@ -56,7 +57,7 @@ def prepare_files(
 
     left_out = ReadReport()
     if next(documents([*files, *val_files], left_out), None) is None:  # before a tokenizer is trained on nothing
-        raise ValueError(f"there is no text to tokenize; left out: {', '.join(left_out.lines())}")
+        raise ValueError(f"there is no text to tokenize{left_out.in_words()}")
     tokenizer = _tokenizer(options, pieces)
     about = {"sources": [str(p) for p in itertools.islice(itertools.chain(files, val_files), 100)]}
     return write_dataset(pieces(report), out, tokenizer, overwrite=options.overwrite, progress=progress, about=about)

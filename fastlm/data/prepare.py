@@ -23,6 +23,7 @@ import numpy as np
 from fastlm.data.documents import Document, digest_fraction
 from fastlm.data.shards import ShardHeader, ShardWriter
 from fastlm.data.tokenizers import Tokenizer
+from fastlm.files import exchange
 
 MANIFEST = "dataset.json"
 SHARD_SUFFIX = ".tokens"
@@ -91,7 +92,7 @@ def write_dataset(
     """
     folder = Path(folder)
     folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     check_free(folder, overwrite=overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -145,21 +146,15 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
-    """Give `new` the name `folder`. The dataset of that name goes away last, and comes back where the new one cannot
-    take its place."""
-    old = new.with_suffix(".old")
-    try:
-        if folder.exists():
-            os.replace(folder, old)
+    """Give `new` the name `folder`; a dataset of that name goes away after."""
+    if folder.exists():
+        exchange(new, folder)
+        shutil.rmtree(new, ignore_errors=True)
+    else:
         os.replace(new, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what processes left that were killed while they made this dataset; an old one that was to be replaced and
     has no successor gets its name back."""
     for leftover in folder.parent.glob(f".{folder.name}.*"):

@@ -196,7 +196,8 @@ def base_digests(model: nn.Module) -> list[str]:
             kept = layer._unmerged if isinstance(layer, LoRALinear) and layer._unmerged is not None else p
             weight = kept.detach().float()
             for digest, dtype in zip(digests, _ROUNDINGS, strict=True):
-                digest.update(name.encode() + weight.to(dtype).float().cpu().contiguous().numpy().tobytes())
+                rounded = weight.to(dtype).cpu().contiguous()
+                digest.update(name.encode() + rounded.view(torch.uint8).numpy().tobytes())
     return [digest.hexdigest() for digest in digests]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,7 +17,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def _why_missing(error: ImportError) -> str:
-    if any((PACKAGE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+    if not PACKAGE.is_dir() or any((PACKAGE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return str(error)
     builds = ", ".join(sorted(p.name for p in PACKAGE.glob("_C.*")))
     if builds:
@@ -36,7 +35,6 @@ try:
 except ImportError as error:
     _compiled = None
     IMPORT_ERROR = _why_missing(error)
-    warnings.warn(f"fastlm runs without its compiled kernels: {IMPORT_ERROR}", RuntimeWarning, stacklevel=2)
 
 mkl.fix_order()
 

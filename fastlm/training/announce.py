@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlm.data.masking import MaskedLoader
 from fastlm.models.config import GPTConfig
 from fastlm.models.encoder_config import EncoderConfig
 from fastlm.models.lstm import LSTMConfig
@@ -50,5 +51,6 @@ def _amount(trainer: Trainer) -> str:
     """What a step of all processes reads."""
     settings, loader = trainer.config.training, trainer.train_loader
     rows = settings.batch_size * settings.grad_accum * trainer.group.world_size
-    # Windows of a text are all of one length; of examples a batch may be cut short.
-    return f"up to {rows:,} examples" if loader.bytes_per_token is None else f"{rows * loader.block_size:,} tokens"
+    if loader.bytes_per_token is not None or isinstance(loader, MaskedLoader):  # windows of a text, all of one length
+        return f"{rows * loader.block_size:,} tokens"
+    return f"up to {rows:,} examples"  # those of an encoder-decoder are cut by length

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.loader import ORDERS
-from fastlm.hints import did_you_mean
+from fastlm.hints import did_you_mean, meant
 from fastlm.models.lora import TARGETS as LORA_TARGETS
 
 if sys.version_info >= (3, 11):
@@ -364,7 +364,7 @@ def _hint(key: str, known: typing.Iterable[str]) -> str:
     sections = dataclasses.asdict(RunConfig())
     elsewhere = {name: f"{section}.{name}" for section, table in sections.items() for name in table}
     name = elsewhere.get(key) or _ALSO_CALLED.get(key)
-    return did_you_mean(name, [name]) if name else did_you_mean(key, known)
+    return meant(name) if name else did_you_mean(key, known)
 
 
 def _one_of(name: str, value: Any, choices: typing.Sequence[Any]) -> None:

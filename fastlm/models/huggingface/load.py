@@ -216,9 +216,7 @@ def _files(folder: Path) -> list[Path]:
                 "code in it, so fastlm does not. Convert them where you trust them: "
                 "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
-        raise FileNotFoundError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds: {_names(folder)}{_model_in(folder)}"
-        )
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds: {_names(folder)}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
