@@ -102,14 +102,14 @@ def _prepare(q, k, cos, sin, *, positions=None, interleaved=False, inplace=False
         raise ValueError(
             f"{op}: cos has {cos.shape[-1]} angles a token, for more than the {width} dimensions of a head"
         )
+    checks.refuse_tangents(op, cos, sin)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError(
             f"{op}: cos and sin get no gradient, but one of them requires it; pass cos.detach(), sin.detach()"
         )
-    cos, sin = checks.detached(op, cos, sin)
     if inplace:
         _check_inplace(op, q, k)
-    return q, k, cos, sin, positions, bool(interleaved), bool(inplace)
+    return q, k, cos.detach(), sin.detach(), positions, bool(interleaved), bool(inplace)
 
 
 def _check_inplace(op: str, q: Tensor, k: Tensor) -> None:
