@@ -16,11 +16,10 @@ from torch import Tensor
 import fastlm
 from fastlm import ops
 from fastlm.ops import registry
-from fastlm.ops.case import Case, Maker, all_cases
+from fastlm.ops.case import Case, Maker, all_cases, differentiable
 
 BACKENDS = registry.NAMES
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_GRADIENT = frozenset({"alibi_slopes", "cos", "sin"})  # floating-point arguments that are constants by contract
 
 
 def device_of(backend: str) -> str:
@@ -34,12 +33,6 @@ def first_cases() -> list[Case]:
 
 def outputs_of(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
-
-
-def differentiable(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in NO_GRADIENT
-    }
 
 
 def wide(arguments: dict[str, Any]) -> dict[str, Any]:

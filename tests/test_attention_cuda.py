@@ -74,7 +74,7 @@ def test_what_the_kernel_cannot_read_is_refused_by_name() -> None:
 def test_a_gradient_that_the_kernel_cannot_write_is_refused_by_name() -> None:
     q = torch.randn(2, 9, 2, 64, dtype=torch.float16)
     odd = torch.empty(2, 9, 2 * 64 + 4, dtype=torch.float16)[..., : 2 * 64].unflatten(2, (2, 64))
-    options = None, None, None, False, 0.1, -1, -1, 0.0, 0.0, 9
+    options = None, None, None, 0.1, -1, -1, 0.0, 0.0, 9
     with backend.emulated():
         out, lse = attention.forward(q, q, q, *options)
         for gradients, name in (((odd, q, q), "dq"), ((q, odd, odd), "dk")):

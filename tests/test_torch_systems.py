@@ -15,8 +15,8 @@ import fastlm.nn
 from fastlm import ops
 from fastlm.models.lora import add_lora
 from fastlm.ops import memory, native
-from fastlm.ops.case import Case, Maker
-from tests.op_suite import differentiable, first_cases, outputs_of
+from fastlm.ops.case import Case, Maker, differentiable
+from tests.op_suite import first_cases, outputs_of
 
 needs_cpu_kernels = pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
 

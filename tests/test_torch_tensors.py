@@ -155,7 +155,7 @@ def test_anything_may_be_given(other: Any) -> None:
 def test_the_graph_of_the_backward_pass_is_refused() -> None:
     x, dy = X.clone().requires_grad_(), torch.randn(4, 64, requires_grad=True)
     (dx,) = torch.autograd.grad(ops.layer_norm(x, W), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()
 
 

@@ -104,13 +104,13 @@ def wide_norm(length):
 
 def attend(length):
     q, k = make(2, length, 8, 64), make(2, length, 2, 64)
-    options = (None, None, None, True, 0.125, -1, 0, 0.0, 0.0, length)
+    options = (None, None, None, 0.125, -1, 0, 0.0, 0.0, length)
     out, lse = attention.forward(q, k, k, *options)
     attention.backward(out, None, q, k, k, out, lse, *options, q, k, k)
 
 def packed(length):
     q, ends = make(1, length, 8, 64), make(4).to(torch.int32)
-    options = (None, ends, None, True, 0.125, -1, 0, 0.0, 0.0, length)
+    options = (None, ends, None, 0.125, -1, 0, 0.0, 0.0, length)
     out, lse = attention.forward(q, q, q, *options)
     attention.backward(out, None, q, q, q, out, lse, *options, q, q, q)
 

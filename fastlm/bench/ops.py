@@ -13,7 +13,7 @@ from fastlm import ops
 from fastlm.bench import timing
 from fastlm.bench.peers import Peer, peers_of
 from fastlm.bench.timing import Comparison, Result, reason_of
-from fastlm.ops.case import Case, Maker, all_cases
+from fastlm.ops.case import Case, Maker, all_cases, differentiable
 
 FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
 
@@ -141,11 +141,7 @@ def _float32(value: Any) -> Any:
 
 
 def _leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
+    return {name: value.detach().requires_grad_() for name, value in differentiable(arguments).items()}
 
 
 def _outputs(result: Any) -> list[Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastlm.ops import registry
 
+NO_GRADIENT = frozenset({"alibi_slopes", "cos", "sin"})  # floating-point arguments that are constants by contract
+
 
 @dataclass
 class Maker:
@@ -55,6 +57,13 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
+
+
+def differentiable(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The arguments of an op that gradients can be asked of."""
+    return {
+        k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in NO_GRADIENT
+    }
 
 
 def all_cases(bench: bool = False) -> list[Case]:

@@ -69,8 +69,7 @@ def softmax_loss(
             at_target = tl.load(line + tl.where(outside, 0, target)).to(tl.float32)
             at_target = _capped(at_target, softcap, CAPPED)
             mean = tl.sum(sum_of_logits, axis=0) / vocabulary
-            value = (1.0 - smoothing) * (log_sum - at_target)
-            value += tl.where(smoothing > 0.0, smoothing * (log_sum - mean), 0.0)  # the mean may be infinite
+            value = (1.0 - smoothing) * (log_sum - at_target) + smoothing * (log_sum - mean)
             value += z_loss * log_sum * log_sum
             tl.store(loss + row, value * scale)
             tl.store(lse + row, log_sum)
