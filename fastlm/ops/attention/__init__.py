@@ -97,19 +97,7 @@ def attention(
         ValueError: shapes, dtypes, devices or options do not fit together.
         UnsupportedError: the backend that was asked for cannot run the call.
     """
-    call = _prepare(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-    )
+    call = _prepare(q, k, v, causal, scale, window, softcap, alibi_slopes, dropout_p, cu_seqlens, max_seqlen)
     q, k, v, alibi_slopes, cu_seqlens, _, *options = call
     backend = registry.choose("attention", q.device.type, call)
     rng_state = philox.draw_state(q.device) if dropout_p > 0 else None
@@ -125,7 +113,6 @@ def _prepare(
     q,
     k,
     v,
-    *,
     causal=False,
     scale=None,
     window=None,
